@@ -1,0 +1,1 @@
+"""Closed forms emitted by `python -m derivations`: do not edit."""
