@@ -1,0 +1,12 @@
+"""Softmax layers for infinitely wide neural networks: analytic NNGP and NTK kernels.
+
+Importing this package makes `neural_tangents` importable on today's JAX and without TensorFlow.
+"""
+
+# First: what follows imports neural_tangents.
+from taylor_softmax import _compat as _compat  # isort: skip
+from taylor_softmax import monte_carlo as monte_carlo
+from taylor_softmax import stax as stax
+from taylor_softmax._classes import class_covariance as class_covariance
+from taylor_softmax.stax import ClassKernel as ClassKernel
+from taylor_softmax.stax import class_kernel as class_kernel

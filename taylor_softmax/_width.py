@@ -1,0 +1,69 @@
+"""Softmax over an infinitely wide axis.
+
+`n softmax(z)_i -> f(z_i) / E[f(z)]` as the width `n` grows, by the law of large numbers: multiplied
+by the width, softmax has a limit, and it acts elementwise. With `(u, v) ~ N(0, [[a, c], [c, b]])`
+
+    nngp = E[f(u) f(v)] / (E[f(u)] E[f(v)]),    d nngp / dc = E[f'(u) f'(v)] / (E[f(u)] E[f(v)]),
+
+both `exp(c)` for softmax itself, and for the Taylor polynomial of order m, by Mehler's formula and
+`f_m' = f_{m-1}`,
+
+    E[f_m(u) f_m(v)] = sum_{j <= m} c^j / j!  e_r(a/2) e_r(b/2),   r = floor((m - j) / 2),
+    E[f_m(u)] = e_{m/2}(a/2),   e_r(x) = sum_{i <= r} x^i / i!.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from taylor_softmax._generated import infinite_width
+
+# Orders whose moments SymPy has multiplied out; the sums above do for all others.
+_EMITTED = {
+    2: infinite_width.moments_order_2,
+    4: infinite_width.moments_order_4,
+    6: infinite_width.moments_order_6,
+    8: infinite_width.moments_order_8,
+    10: infinite_width.moments_order_10,
+    12: infinite_width.moments_order_12,
+}
+
+
+def moments(var1: Array, cov12: Array, var2: Array, *, order: int | None) -> tuple[Array, Array]:
+    """`(nngp, d nngp / d cov12)` of the infinitely wide layer, for arrays that broadcast.
+
+    For softmax both overflow where `exp(cov12)` does, as the limit itself does.
+    """
+    if order is None:
+        value = jnp.exp(cov12) * jnp.ones_like(var1 * var2)
+        return value, value
+    if order in _EMITTED:
+        second, slope, mean1, mean2 = _EMITTED[order](var1, cov12, var2)
+        # One mean after the other: their product can overflow where the quotient does not.
+        return second / mean1 / mean2, slope / mean1 / mean2
+    return _mehler(var1, cov12, var2, order, order), _mehler(var1, cov12, var2, order - 1, order)
+
+
+def _mehler(var1: Array, cov12: Array, var2: Array, order: int, normaliser: int) -> Array:
+    """`E[f_m(u) f_m(v)] / (E[f_k(u)] E[f_k(v)])` for `m = order`, `k = normaliser`."""
+    ratio1, ratio2 = (
+        sums / mean
+        for sums, mean in (
+            (_exponential_sums(variance / 2, order // 2), exponential)
+            for variance, exponential in (
+                (v, _exponential_sums(v / 2, normaliser // 2)[-1]) for v in (var1, var2)
+            )
+        )
+    )
+    total = jnp.zeros_like(var1 * cov12 * var2)
+    for j in range(order, -1, -1):
+        r = (order - j) // 2
+        total = total * cov12 / (j + 1) + ratio1[r] * ratio2[r]
+    return total
+
+
+def _exponential_sums(x: Array, largest: int) -> Array:
+    """`e_r(x)` for `r <= largest`, stacked in front."""
+    terms = [jnp.ones_like(x)]
+    for i in range(1, largest + 1):
+        terms.append(terms[-1] * x / i)
+    return jnp.cumsum(jnp.stack(terms), axis=0)
