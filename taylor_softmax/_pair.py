@@ -83,25 +83,45 @@ class Input(NamedTuple):
 
 def prepare(variance: Array, *, n_classes: int, order: int | None) -> Input:
     """The `Input` of one input with logits of (scalar, positive) `variance`."""
-    tau, weight = (jnp.asarray(x, variance.dtype) for x in _quadrature.half_line_rule(_OUTER_NODES))
+    tau, weight = (
+        jnp.asarray(x, variance.dtype) for x in _quadrature.half_line_rule(_OUTER_NODES)
+    )
     # tau = n E[f] t is of order 1 where the weight is, at any number of classes and variance.
     if order == 2:
         scale = 1 / (n_classes * (1 + variance / 2))
-        return Input(variance, tau * scale, weight * scale, None)
-    # Here f comes divided by E[f].
-    t = tau / n_classes
-    return Input(variance, t, weight / n_classes, _expand(variance, t, n_classes, order))
+        t, weight = tau * scale, weight * scale
+        # f_2 >= 1/2, so that log phi(t) <= -t / 2.
+        t, weight = _drop_underflow(t, weight, -t / 2, n_classes)
+        return Input(variance, t, weight, None)
 
-
-def _expand(variance: Array, t: Array, n_classes: int, order: int | None) -> Expansion:
     x, normal_weight = _quadrature.normal_rule(_NORMAL_NODES, _NORMAL_REACH)
     degrees = np.arange(1, _degrees(n_classes) + 1)
     hermite = _quadrature.hermite_functions(x, degrees.size).T / np.sqrt(degrees)
     x, normal_weight, hermite = (
         jnp.asarray(array, variance.dtype) for array in (x, normal_weight, hermite)
     )
+    # Here f comes divided by E[f].
     value, slope = _surrogate.normalised(x, variance, order=order)
+    t, weight = tau / n_classes, weight / n_classes
+    # Where exp(-t f) underflows at every node f does not matter, but its powers would overflow.
+    least = lax.stop_gradient(jnp.min(value))
+    visible = value < least - _log_tiny(t) / t[0]
+    value, slope = jnp.where(visible, value, least), jnp.where(visible, slope, 0)
+    normal_weight = jnp.where(visible, normal_weight, 0)
+    log_phi, _ = _tilt(t, value, normal_weight)
+    t, weight = _drop_underflow(t, weight, log_phi, n_classes)
+    log_phi, tilted = _tilt(t, value, normal_weight)
+    mean = matmul(tilted, value)
+    # alpha_k / sigma = E[h_{k-1}(X) d/dz exp(-t f(z))] / (sqrt(k) phi), Stein's lemma: projecting
+    # on h_k itself would lose digits as 1 / sigma.
+    first = -t[:, None] * slope * tilted
+    second = slope * tilted * (t[:, None] * (value - mean[:, None]) - 1)
+    factors = matmul(jnp.concatenate([first, second]), hermite)
+    return Input(variance, t, weight, Expansion(log_phi, factors))
 
+
+def _tilt(t: Array, value: Array, normal_weight: Array) -> tuple[Array, Array]:
+    """`l(t)`, and the weights of the normal rule tilted by `exp(-t f)`, `(T, nodes)`."""
     # Taking the smallest value out of the exponent keeps phi from underflowing for large t.
     least = lax.stop_gradient(jnp.min(value))
     exponent = -t[:, None] * (value - least)
@@ -113,13 +133,23 @@ def _expand(variance: Array, t: Array, n_classes: int, order: int | None) -> Exp
     log_phi = -t * least + jnp.where(
         near_one, jnp.log1p(jnp.where(near_one, shortfall, 0.0)), jnp.log(phi)
     )
-    tilted = tilted / phi[:, None]
-    mean = matmul(tilted, value)
-    # alpha_k / sigma = E[h_{k-1}(X) d/dz exp(-t f(z))] / (sqrt(k) phi), Stein's lemma: projecting
-    # on h_k itself would lose digits as 1 / sigma.
-    first = -t[:, None] * slope * tilted
-    second = slope * tilted * (t[:, None] * (value - mean[:, None]) - 1)
-    return Expansion(log_phi, matmul(jnp.concatenate([first, second]), hermite))
+    return log_phi, tilted / phi[:, None]
+
+
+def _drop_underflow(
+    t: Array, weight: Array, log_phi: Array, n_classes: int
+) -> tuple[Array, Array]:
+    """Takes the nodes where `phi^n` underflows to 0, with weight 0.
+
+    Nothing is left of the integrand there, but powers of `t` in it would overflow.
+    """
+    alive = n_classes * lax.stop_gradient(log_phi) > _log_tiny(t)
+    return jnp.where(alive, t, 0), jnp.where(alive, weight, 0)
+
+
+def _log_tiny(x: Array) -> float:
+    """Below it `exp` underflows."""
+    return float(np.log(jnp.finfo(x.dtype).tiny))
 
 
 def pair(one: Input, two: Input, cov12: Array, *, n_classes: int) -> tuple[Array, Array]:

@@ -40,7 +40,7 @@ def check_order(order: Any, *, allow_softmax: bool = True) -> Any:
     if isinstance(order, bool | np.bool_):
         raise TypeError(f"`order` must be an integer, got the boolean {order!r}. {hint}")
     try:
-        value = operator.index(order)
+        value = operator.index(order)  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise TypeError(
             f"`order` must be an integer, got {order!r} of type {type(order).__name__}. {hint}"
@@ -85,8 +85,9 @@ def normalised(x: Array, variance: Array, *, order: int | None) -> tuple[Array, 
     if order is None:
         value = jnp.exp(sigma * x - variance / 2)
         return value, value
-    scale = lax.stop_gradient(jnp.maximum(1.0, sigma / _quadratic_factors(order).unit))
     z = sigma * x
+    largest = jnp.max(jnp.abs(z), initial=0.0)
+    scale = lax.stop_gradient(jnp.maximum(1.0, largest / _quadratic_factors(order).unit))
     value, slope = jax.jvp(lambda z: _scaled_taylor(z, scale, order), (z,), (jnp.ones_like(z),))
     mean = _scaled_mean(variance, scale, order)
     return value / mean, slope / mean

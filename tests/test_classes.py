@@ -1,0 +1,392 @@
+"""The class covariance against brute force, at its edges, and as a JAX function."""
+
+import itertools
+
+import brute_force
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.polynomial import chebyshev
+
+import taylor_softmax
+from taylor_softmax import _classes, _table
+from taylor_softmax._classes import Pairs
+
+pytestmark = pytest.mark.core
+
+CORRELATIONS = np.array([-1.0, -0.6, 0.0, 0.3, 0.9, 0.999, 1.0])
+
+# (order, n, largest variance, limit in float64): DESIGN.md section 4, with margin nowhere.
+SETTINGS = [
+    *((2, n, 20.0, 1e-7) for n in (2, 3, 10, 100, 1000, 100_000)),
+    *(
+        (order, n, 4.0, 1e-6 if n > 2 else 1e-4)
+        for order in (4, 6, 8, 16, None)
+        for n in (2, 3, 10, 1000)
+    ),
+    *((order, 10, 10.0, 1e-4) for order in (4, 6, 8, 16, None)),
+    (32, 10, 4.0, 1e-6),
+    (None, 100, 10.0, 1e-4),
+    (None, 100_000, 10.0, 1e-4),
+]
+
+
+def variance_pairs(largest):
+    return [(largest, largest), (largest, 0.02 * largest), (0.1 * largest, 0.1 * largest)]
+
+
+def entries(var1, rho, var2, *, n, order, method="direct", dtype=jnp.float64):
+    """`I` and `dI / dc` for arrays of equal shape."""
+    a, c, b = (jnp.asarray(x, dtype) for x in (var1, rho * np.sqrt(var1 * var2), var2))
+    ((value, slope),) = _classes.covariances(
+        [Pairs(a, c, b)], n_classes=n, order=order, method=method
+    )
+    return np.asarray(value, np.float64), np.asarray(slope, np.float64)
+
+
+def reference(var1, rho, var2, n, order):
+    # Two classes of large variance make functions that a coarser grid does not resolve.
+    grid = 400 if n == 2 and order == 2 else 200
+    return np.array(
+        [brute_force.class_covariance(var1, r, var2, n=n, order=order, grid=grid) for r in rho]
+    )
+
+
+def scale(var1, var2, n, order):
+    """The value at correlation 1 that errors are relative to."""
+    return np.sqrt(
+        brute_force.class_covariance(var1, 1.0, var1, n=n, order=order)
+        * brute_force.class_covariance(var2, 1.0, var2, n=n, order=order)
+    )
+
+
+# The brute force itself.
+
+
+def test_brute_force_rows_sum_to_one():
+    for n, order, var in ((2, 2, 20.0), (3, 8, 4.0), (10, None, 10.0)):
+        same, cross = brute_force.moments(
+            jnp.asarray(var), jnp.asarray(0.7), jnp.asarray(var / 3), n=n, order=order
+        )
+        np.testing.assert_allclose(same + (n - 1) * cross, 1 / n, rtol=1e-10)
+
+
+def test_brute_force_of_two_classes_is_the_logistic_integral():
+    # For n = 2 softmax is a sigmoid of the difference of the logits: two dimensions, no Laplace.
+    x, w = np.polynomial.hermite_e.hermegauss(120)
+    w = w / w.sum()
+    for var1, rho, var2 in ((1.0, 0.5, 1.0), (4.0, -0.8, 0.5), (0.1, 1.0, 0.1)):
+        u = np.sqrt(2 * var1) * x
+        v = np.sqrt(2 * var2) * (rho * x[:, None] + np.sqrt(1 - rho**2) * x)
+        same = w @ (1 / (1 + np.exp(-v)) @ w / (1 + np.exp(-u)))
+        value = brute_force.class_covariance(var1, rho, var2, n=2, order=None)
+        np.testing.assert_allclose(0.25 + value / 2, same, rtol=1e-8)
+
+
+# Accuracy.
+
+
+@pytest.mark.parametrize(("order", "n", "largest", "limit"), SETTINGS)
+def test_accuracy(order, n, largest, limit):
+    for var1, var2 in variance_pairs(largest):
+        exact, one = reference(var1, CORRELATIONS, var2, n, order), scale(var1, var2, n, order)
+        for dtype, bound in ((jnp.float64, limit), (jnp.float32, 1e-4)):
+            value, _ = entries(
+                np.full(CORRELATIONS.size, var1),
+                CORRELATIONS,
+                np.full(CORRELATIONS.size, var2),
+                n=n,
+                order=order,
+                dtype=dtype,
+            )
+            error = np.abs(value - exact) / one
+            assert np.max(error) < bound, (
+                var1,
+                var2,
+                dtype,
+                dict(zip(CORRELATIONS, error, strict=True)),
+            )
+
+
+@pytest.mark.parametrize(("order", "n", "largest", "limit"), SETTINGS[::2])
+def test_accuracy_of_derivative(order, n, largest, limit):
+    """`dI / dc` against the derivative of a Chebyshev interpolant of brute-force values.
+
+    At equal variances, where it converges slowest, near correlation 1.
+    """
+    nodes = chebyshev.chebpts2(97 if n < 10 else 49)
+    values = reference(largest, nodes, largest, n, order)
+    fit = chebyshev.chebfit(nodes, values, nodes.size - 1)
+    derivative = chebyshev.chebder(fit) / largest
+    one = chebyshev.chebval(1.0, derivative)
+    # What the interpolant itself can be trusted to, at the ends, where it is worst.
+    tail = np.max(np.abs(fit[-4:])) * nodes.size**2 / largest
+    assert tail / one < limit / 2, "the reference itself is not good enough"
+    exact = chebyshev.chebval(CORRELATIONS, derivative)
+    variances = np.full(CORRELATIONS.size, largest)
+    for dtype, bound in ((jnp.float64, limit), (jnp.float32, 1e-4)):
+        _, slope = entries(variances, CORRELATIONS, variances, n=n, order=order, dtype=dtype)
+        error = np.abs(slope - exact) / one
+        assert np.max(error) < bound, (dtype, dict(zip(CORRELATIONS, error, strict=True)))
+
+
+@pytest.mark.parametrize("order", [2, 4, 8, 16, None])
+@pytest.mark.parametrize("n", [2, 3, 10, 1000, 100_000])
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_small_variances_have_the_linear_limit(order, n, dtype):
+    """`y_i = 1/n + (z_i - mean z)/n + ...` as the logits vanish, so `I -> c / n^2`.
+
+    Brute force cannot see this: `I` is a difference of moments of 1 / n^2 there.
+    """
+    var1 = np.array([1e-12, 1e-12, 1e-9, 1e-20])
+    var2 = np.array([1e-12, 1e-10, 1e-9, 1e-20])
+    rho = np.array([1.0, -0.5, 0.3, 0.9])
+    value, slope = entries(var1, rho, var2, n=n, order=order, dtype=dtype)
+    rtol = 1e-7 if dtype == jnp.float64 else 1e-4
+    np.testing.assert_allclose(value, rho * np.sqrt(var1 * var2) / n**2, rtol=rtol)
+    np.testing.assert_allclose(slope, np.full(4, 1 / n**2), rtol=rtol)
+
+
+def test_one_tiny_and_one_large_variance():
+    for n in (2, 10, 100_000):
+        exact = brute_force.class_covariance(1e-6, 0.8, 20.0, n=n, order=2)
+        value, _ = entries(*np.array([[1e-6], [0.8], [20.0]]), n=n, order=2)
+        assert abs(value[0] - exact) < 1e-7 * scale(1e-6, 20.0, n, 2)
+
+
+def test_negative_control_another_order_is_found():
+    """The limits tell apart orders whose kernels differ in the fifth digit only."""
+    value, _ = entries(*np.array([[0.5], [0.9], [0.5]]), n=10, order=8)
+    exact = brute_force.class_covariance(0.5, 0.9, 0.5, n=10, order=10)
+    one = scale(0.5, 0.5, 10, 10)
+    assert 1e-6 < abs(value[0] - exact) / one < 1e-3
+
+
+def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
+    emitted = taylor_softmax._pair.class_axis_order_2
+
+    def without_the_determinant(*arguments):
+        log_phi, *rest = emitted(*arguments)
+        var1, cov12, var2, t, s = arguments
+        wrong = log_phi + 1e-5 * jnp.log1p(t * s * (var1 * var2 - cov12**2))
+        return wrong, *rest
+
+    monkeypatch.setattr(taylor_softmax._pair, "class_axis_order_2", without_the_determinant)
+    jax.clear_caches()
+    value, _ = entries(*np.array([[2.0], [0.5], [2.0]]), n=10, order=2)
+    monkeypatch.undo()
+    jax.clear_caches()
+    exact = brute_force.class_covariance(2.0, 0.5, 2.0, n=10, order=2)
+    assert abs(value[0] - exact) > 1e-7 * scale(2.0, 2.0, 10, 2)
+
+
+# Edges.
+
+
+@pytest.mark.parametrize(
+    ("order", "method"),
+    [(2, "direct"), (32, "direct"), (None, "direct"), (2, "table"), (None, "table")],
+)
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_no_nan_anywhere(order, method, dtype):
+    variances = np.array([0.0, 1e-20, 1e-12, 1e-3, 1.0, 10.0, 1e3])
+    var1, var2 = (jnp.asarray(v, dtype) for v in (variances[:, None], variances[None]))
+    root = jnp.sqrt(var1 * var2)
+
+    def total(var1, cov12, var2, n):
+        ((value, slope),) = _classes.covariances(
+            [Pairs(var1, cov12, var2)], n_classes=n, order=order, method=method
+        )
+        return jnp.sum(value) + jnp.sum(slope), (value, slope)
+
+    gradients_of = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True), static_argnums=3)
+    for n in (2,) if method == "table" else (2, 100_000):
+        for rho in (0.0, 0.5, 1.0, float(1 + 4 * jnp.finfo(dtype).eps), -1.0):
+            gradients, values = gradients_of(var1, rho * root, var2, n)
+            names = ("d var1", "d cov12", "d var2", "value", "slope")
+            for name, array in zip(names, (*gradients, *values), strict=True):
+                bad = ~np.isfinite(np.asarray(array))
+                assert not bad.any(), (n, rho, name, np.argwhere(bad))
+
+
+def test_one_class_is_constant():
+    value = taylor_softmax.class_covariance(jnp.ones(3), 0.5, 1.0, n_classes=1, order=2)
+    np.testing.assert_array_equal(value, np.zeros(3))
+
+
+def test_zero_variance_has_zero_covariance_and_the_slope_of_the_limit():
+    for order in (2, 4, None):
+        value, slope = entries(*np.array([[0.0], [0.0], [3.0]]), n=5, order=order)
+        assert value[0] == 0
+        # E[y_1'(u) y_1'(v)] with u = 0: y' = Id/n - 1 1^T/n^2 there. Compare a tiny variance.
+        _, tiny = entries(*np.array([[1e-10], [0.0], [3.0]]), n=5, order=order)
+        np.testing.assert_allclose(slope, tiny, rtol=1e-7)
+
+
+# Shapes, methods, transformations.
+
+
+def test_shapes_broadcast():
+    key = random.split(random.key(0), 3)
+    shapes = ((2, 1, 3, 1), (2, 2, 3, 4), (1, 2, 1, 4))
+    a, r, b = (random.uniform(k, s) for k, s in zip(key, shapes, strict=True))
+    c = (2 * r - 1) * jnp.sqrt(a * b)
+    value = taylor_softmax.class_covariance(a, c, b, n_classes=4, order=4)
+    assert value.shape == (2, 2, 3, 4)
+    for index in itertools.product(range(2), range(2), range(3), range(4)):
+        i, j, k, m = index
+        alone = taylor_softmax.class_covariance(
+            a[i, 0, k, 0], c[index], b[0, j, 0, m], n_classes=4, order=4
+        )
+        np.testing.assert_allclose(value[index], alone, rtol=1e-12)
+    scalar = taylor_softmax.class_covariance(1, 0.5, 1, n_classes=4, order=None)
+    assert scalar.shape == ()
+    assert scalar.dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
+    ("order", "n", "spread"),
+    [(2, 2, 10.0), (2, 10, 0.0), (2, 10, 1e6), (8, 10, 10.0), (None, 3, 1e6)],
+)
+def test_table_agrees_with_direct(order, n, spread):
+    x = random.normal(random.key(1), (40, 16))
+    x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    if spread:
+        norms = jnp.exp(random.uniform(random.key(2), (40, 1), maxval=jnp.log(spread)) / 2)
+        x = jnp.where(jnp.arange(40)[:, None] == 7, 0, x * norms / jnp.max(norms) * 1.9)
+    y = x[::-1] + 0.01 * x[5]
+    a, c, b = jnp.sum(x**2, 1)[:, None], x @ y.T, jnp.sum(y**2, 1)[None]
+    direct, table, auto = (
+        _classes.covariances([Pairs(a, c, b)], n_classes=n, order=order, method=method)[0]
+        for method in ("direct", "table", "auto")
+    )
+    limit = 1e-7 if order == 2 else 1e-6
+    for part in range(2):
+        one = np.sqrt(
+            _classes.covariances([Pairs(a, a, a)], n_classes=n, order=order)[0][part]
+            * _classes.covariances([Pairs(b, b, b)], n_classes=n, order=order)[0][part]
+        )
+        # The input of norm 0 has I = 0; its slope and everybody else's have a scale.
+        one = np.where(one > 0, one, 1)
+        assert np.max(np.abs(table[part] - direct[part]) / one) < limit
+        assert np.max(np.abs(auto[part] - direct[part]) / one) < limit
+
+
+def test_table_knows_when_it_is_not_good_enough():
+    least, largest = jnp.asarray(1e-3), jnp.asarray(1e3)
+    build = jax.jit(_table.build, static_argnames=("n_classes", "order", "shape"))
+    for shape in _table.shapes(2):
+        assert build(least, largest, n_classes=2, order=2, shape=shape).error > 1e-4
+    for n in (10, 1000):
+        table = build(jnp.asarray(1.0), jnp.asarray(1.0), n_classes=n, order=2, shape=(8, 20))
+        assert table.error < 1e-8
+    # "auto" then integrates directly.
+    var = jnp.geomspace(1e-3, 1e3, 33)
+    c = 0.9 * jnp.sqrt(var[:, None] * var)
+    auto, direct, table = (
+        taylor_softmax.class_covariance(var[:, None], c, var, n_classes=2, order=2, method=method)
+        for method in ("auto", "direct", "table")
+    )
+    np.testing.assert_allclose(auto, direct, rtol=1e-12)
+    assert np.max(np.abs(table / direct - 1)) > 1e-9
+
+
+def test_one_table_serves_several_requests():
+    x = random.normal(random.key(3), (36, 8)) / 3
+    a = jnp.sum(x**2, 1)
+    requests = [Pairs(a[:, None], x @ x.T, a[None]), Pairs(a, a, a)]
+    together = _classes.covariances(requests, n_classes=10, order=4)
+    np.testing.assert_allclose(jnp.diagonal(together[0][0]), together[1][0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, None])
+@pytest.mark.parametrize("method", ["direct", "table"])
+def test_kernels_stay_symmetric_and_positive(order, method):
+    x = random.normal(random.key(4), (40, 30)) / 5
+    a = jnp.sum(x**2, 1)
+    for n in (2, 10):
+        kernel = taylor_softmax.class_covariance(
+            a[:, None], x @ x.T, a, n_classes=n, order=order, method=method
+        )
+        np.testing.assert_allclose(kernel, kernel.T, rtol=0, atol=1e-13)
+        # To the accuracy of the values, no more: quadrature is not exactly positive.
+        eigenvalues = np.linalg.eigvalsh(kernel)
+        assert eigenvalues[0] > -1e-7 * np.max(np.diagonal(kernel)), eigenvalues[0]
+
+
+@pytest.mark.parametrize("order", [2, 4, None])
+@pytest.mark.parametrize("method", ["direct", "table"])
+def test_gradients_agree_with_differences_and_with_the_slope(order, method):
+    arguments = [jnp.asarray(x) for x in (1.3, 0.4, 0.7)]
+
+    def value(*arguments):
+        return taylor_softmax.class_covariance(*arguments, n_classes=5, order=order, method=method)
+
+    gradients = jax.jit(jax.grad(value, (0, 1, 2)))(*arguments)
+    for i, gradient in enumerate(gradients):
+        # The direct values on both sides of a step: a table's range follows its arguments.
+        shifted = [[x + s * 1e-4 * (j == i) for j, x in enumerate(arguments)] for s in (1, -1)]
+        ends = [
+            taylor_softmax.class_covariance(*x, n_classes=5, order=order, method="direct")
+            for x in shifted
+        ]
+        np.testing.assert_allclose(gradient, (ends[0] - ends[1]) / 2e-4, rtol=1e-6)
+    ((_, slope),) = _classes.covariances(
+        [Pairs(*arguments)], n_classes=5, order=order, method=method
+    )
+    np.testing.assert_allclose(gradients[1], slope, rtol=1e-9)
+
+
+def test_vmap_equals_broadcasting():
+    a = jnp.linspace(0.1, 2, 6)
+    direct = taylor_softmax.class_covariance(a, a / 2, a, n_classes=3, order=4)
+    mapped = jax.vmap(lambda a: taylor_softmax.class_covariance(a, a / 2, a, n_classes=3, order=4))(
+        a
+    )
+    np.testing.assert_allclose(mapped, direct, rtol=1e-12)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices; conftest makes two on a CPU")
+@pytest.mark.parametrize("method", ["direct", "table", "auto"])
+def test_sharded_rows_stay_sharded(method):
+    n_rows, n_columns = 1024, 96
+    x = random.normal(random.key(5), (n_rows, 8)) / 3
+    y = random.normal(random.key(6), (n_columns, 8)) / 3
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("rows",)), PartitionSpec("rows"))
+
+    def kernel(x, y):
+        a, b = jnp.sum(x**2, 1), jnp.sum(y**2, 1)
+        return taylor_softmax.class_covariance(
+            a[:, None], x @ y.T, b, n_classes=10, order=2, method=method
+        )
+
+    sharded = jax.jit(kernel).lower(jax.device_put(x, sharding), y).compile()
+    result = sharded(jax.device_put(x, sharding), y)
+    assert {s.data.shape for s in result.addressable_shards} == {(n_rows // 2, n_columns)}
+    np.testing.assert_allclose(result, jax.jit(kernel)(x, y), rtol=1e-11)
+    # No step of it gathers the matrix: the compiled program holds no array of its full size.
+    assert f"f64[{n_rows},{n_columns}]" not in sharded.as_text()
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"n_classes": 0}, ValueError, "`n_classes`.*0"),
+        ({"n_classes": 2.0}, TypeError, "`n_classes`.*2.0"),
+        ({"n_classes": True}, TypeError, "`n_classes`.*True"),
+        ({"order": 3}, ValueError, "`order`.*3"),
+        ({"order": 0}, ValueError, "`order`.*0"),
+        ({"order": 2.0}, TypeError, "`order`.*2.0"),
+        ({"method": "fast"}, ValueError, "`method`.*fast"),
+    ],
+)
+def test_errors_name_the_argument(changed, error, message):
+    arguments = {"n_classes": 3, "order": 2} | changed
+    with pytest.raises(error, match=message):
+        taylor_softmax.class_covariance(1.0, 0.5, 1.0, **arguments)
