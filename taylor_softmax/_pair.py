@@ -83,9 +83,7 @@ class Input(NamedTuple):
 
 def prepare(variance: Array, *, n_classes: int, order: int | None) -> Input:
     """The `Input` of one input with logits of (scalar, positive) `variance`."""
-    tau, weight = (
-        jnp.asarray(x, variance.dtype) for x in _quadrature.half_line_rule(_OUTER_NODES)
-    )
+    tau, weight = (jnp.asarray(x, variance.dtype) for x in _quadrature.half_line_rule(_OUTER_NODES))
     # tau = n E[f] t is of order 1 where the weight is, at any number of classes and variance.
     if order == 2:
         scale = 1 / (n_classes * (1 + variance / 2))
@@ -136,9 +134,7 @@ def _tilt(t: Array, value: Array, normal_weight: Array) -> tuple[Array, Array]:
     return log_phi, tilted / phi[:, None]
 
 
-def _drop_underflow(
-    t: Array, weight: Array, log_phi: Array, n_classes: int
-) -> tuple[Array, Array]:
+def _drop_underflow(t: Array, weight: Array, log_phi: Array, n_classes: int) -> tuple[Array, Array]:
     """Takes the nodes where `phi^n` underflows to 0, with weight 0.
 
     Nothing is left of the integrand there, but powers of `t` in it would overflow.

@@ -58,7 +58,8 @@ def check_order(order: Any, *, allow_softmax: bool = True) -> Any:
 def softmax(z: Array, *, order: int | None, axis: int | tuple[int, ...] = -1) -> Array:
     """Softmax or Taylor softmax over `axis`: `f(z_i) / sum_j f(z_j)`, of the shape of `z`.
 
-    Finite for every finite `z`: numerator and denominator are divided by a common power first.
+    Finite for `|z|` up to 1e37 (1e307 in float64): numerator and denominator are divided by a common
+    power first.
     """
     if order is None:
         return jax.nn.softmax(z, axis=axis)
@@ -96,15 +97,15 @@ def normalised(x: Array, variance: Array, *, order: int | None) -> tuple[Array, 
 def _scaled_taylor(z: Array, scale: Array, order: int) -> Array:
     """`f_m(z) / scale^m` as a product of `m/2` positive quadratics.
 
-    Horner's form of `f_m` cancels for negative `z`: in float32 it turns negative at `z = -10`,
-    order 16. The product is positive by construction and right to `m` roundings.
+    Horner's form of `f_m` cancels for negative `z`: in float32, at order 32, it turns negative at
+    `z = -10.5`. The product is positive by construction and right to `m` roundings.
     """
     roots = _quadratic_factors(order)
     # Every factor is divided by the m-th root of m!, which alone would overflow.
-    inverse = 1 / (roots.unit * scale)
+    unit = roots.unit * scale
     value = jnp.ones_like(z * scale)
     for real, imag in zip(roots.real, roots.imag, strict=True):
-        value = value * (((z - real) * inverse) ** 2 + (imag * inverse) ** 2)
+        value = value * (((z - real) / unit) ** 2 + (imag / unit) ** 2)
     return value
 
 

@@ -31,15 +31,18 @@ _EMITTED = {
 def moments(var1: Array, cov12: Array, var2: Array, *, order: int | None) -> tuple[Array, Array]:
     """`(nngp, d nngp / d cov12)` of the infinitely wide layer, for arrays that broadcast.
 
-    For softmax both overflow where `exp(cov12)` does, as the limit itself does.
+    For softmax both overflow where `exp(cov12)` does, as the limit itself does. In float32 at
+    variances near 1e3, orders above 16 lose digits: 7e-3 at order 32.
     """
     if order is None:
         value = jnp.exp(cov12) * jnp.ones_like(var1 * var2)
         return value, value
     if order in _EMITTED:
         second, slope, mean1, mean2 = _EMITTED[order](var1, cov12, var2)
-        # One mean after the other: their product can overflow where the quotient does not.
-        return second / mean1 / mean2, slope / mean1 / mean2
+        # One mean after the other, and as factors: their product, or the square in a quotient's
+        # derivative, overflows where the kernel does not.
+        share1, share2 = 1 / mean1, 1 / mean2
+        return second * share1 * share2, slope * share1 * share2
     return _mehler(var1, cov12, var2, order, order), _mehler(var1, cov12, var2, order - 1, order)
 
 

@@ -1,0 +1,543 @@
+"""What SymPy derives against mpmath; that what is emitted is current, stable and traceable."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import sympy as sp
+from numpy.polynomial import hermite_e
+
+from derivations import __main__ as command
+from derivations import class_axis, emit, infinite_width, taylor
+from taylor_softmax._generated.class_axis import class_axis_order_2
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DIGITS = 60
+EPS = float(np.finfo(float).eps)
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, str]:
+    return command.render()
+
+
+# Staleness
+
+
+def test_generated_code_is_current():
+    """What `python -m derivations --check` says; the rendering takes seconds."""
+    assert command.main(["--check"]) == 0
+
+
+def test_rendering_does_not_depend_on_the_process(rendered):
+    """Twice the same text: here, and in a process that orders its sets in another way."""
+    code = "import json, derivations.__main__ as m; print(json.dumps(m.render()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONHASHSEED": "12345"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == rendered
+
+
+@pytest.fixture
+def target(tmp_path, rendered, monkeypatch) -> Path:
+    """A folder that `main` has written; rendering again would take seconds each time."""
+    monkeypatch.setattr(command, "render", lambda: dict(rendered))
+    folder = tmp_path / "_generated"
+    assert command.main([], target=folder) == 0
+    assert {path.name: path.read_text() for path in folder.iterdir()} == rendered
+    return folder
+
+
+def check(target: Path, capsys) -> tuple[int, str, str]:
+    capsys.readouterr()
+    before = {path: path.read_text() for path in target.glob("*")}
+    code = command.main(["--check"], target=target)
+    assert {path: path.read_text() for path in target.glob("*")} == before  # writes nothing
+    return code, *capsys.readouterr()
+
+
+def test_check_passes_on_what_was_written(target, capsys):
+    assert check(target, capsys) == (0, "", "")
+
+
+def stale(target: Path) -> None:
+    path = target / "class_axis.py"
+    path.write_text(path.read_text().replace("jnp.log1p(excess)", "jnp.log1p(2*excess)"))
+
+
+def trailing(target: Path) -> None:
+    path = target / "infinite_width.py"
+    path.write_text(path.read_text() + "\n")
+
+
+def missing(target: Path) -> None:
+    (target / "infinite_width.py").unlink()
+
+
+def orphan(target: Path) -> None:
+    (target / "order_3.py").write_text("ORPHAN = 1\n")
+
+
+def empty(target: Path) -> None:
+    for path in target.iterdir():
+        path.unlink()
+
+
+DAMAGES = {
+    stale: ("--- _generated/class_axis.py", "+++ _generated/class_axis.py", "log1p(2*excess)"),
+    trailing: ("--- _generated/infinite_width.py", "+++ _generated/infinite_width.py", "\n-\n"),
+    missing: ("--- /dev/null", "+++ _generated/infinite_width.py", "+def moments_order_12("),
+    orphan: ("--- _generated/order_3.py", "+++ /dev/null", "-ORPHAN = 1"),
+    empty: ("--- /dev/null", "+++ _generated/__init__.py", "+def class_axis_order_2("),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_check_finds(damage, target, capsys, rendered):
+    damage(target)
+    code, diff, said = check(target, capsys)
+    assert code == 1
+    for part in (*DAMAGES[damage], "\n@@ "):
+        assert part in diff
+    assert "_generated/ is out of date: run `python -m derivations`." in said
+    # Only the files concerned.
+    assert len(re.findall(r"^--- ", diff, re.M)) == (len(rendered) if damage is empty else 1)
+    # Writing repairs, and removes orphans.
+    assert command.main([], target=target) == 0
+    assert {path.name: path.read_text() for path in target.iterdir()} == rendered
+    assert check(target, capsys) == (0, "", "")
+
+
+def test_what_is_not_python_is_left_alone(target, capsys):
+    (target / "notes.txt").write_text("kept")
+    assert check(target, capsys)[0] == 0
+    assert command.main([], target=target) == 0
+    assert (target / "notes.txt").read_text() == "kept"
+
+
+# What is emitted
+
+
+def test_generated_files_say_where_they_come_from(rendered):
+    assert set(rendered) == {"__init__.py", "class_axis.py", "infinite_width.py"}
+    for name, text in rendered.items():
+        first = text.splitlines()[0]
+        assert "`python -m derivations`" in first
+        assert "do not edit" in first
+        if name != "__init__.py":
+            assert f"`derivations/{name}`" in first
+            assert (REPOSITORY / "derivations" / name).exists()
+            functions = [x for x in ast.parse(text).body if isinstance(x, ast.FunctionDef)]
+            counts = [re.search(r"(\d+) operations", ast.get_docstring(f) or "") for f in functions]
+            assert functions
+            assert all(counts)
+
+
+def test_operation_counts(rendered):
+    """Against the operators in the text; a constant like `1/2` or `-3` counts as a number there."""
+    for text in rendered.values():
+        for function in ast.walk(ast.parse(text)):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            stated = re.search(r"(\d+) operations", ast.get_docstring(function) or "")
+            assert stated
+            counted = sum(
+                isinstance(node, (ast.BinOp, ast.Call))
+                and not all(isinstance(x, ast.Constant) for x in ast.iter_child_nodes(node))
+                for node in ast.walk(function)
+            )
+            assert 0.6 * counted <= int(stated[1]) <= 1.2 * counted, (function.name, counted)
+
+
+def test_order_2_is_cheap(rendered):
+    """A guard on the derivation's choice of form: multiplied out it takes three times as many."""
+    counts = [int(x) for x in re.findall(r"(\d+) operations", rendered["class_axis.py"])]
+    assert counts == [156]
+
+
+def probe(*expressions: Any, definitions: Any = ()) -> emit.Module:
+    x = sp.Symbol("x")
+    outputs = tuple((f"out{i}", "m", expression) for i, expression in enumerate(expressions))
+    function = emit.Function("probe", "Summary.", (x,), tuple(definitions), outputs)
+    return emit.Module("probe_module", "derivations/probe.py", (function,))
+
+
+X, A, B = sp.symbols("x a b")
+
+
+def load(text: str, folder: Path) -> Any:
+    path = folder / "probe_module.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("probe_module", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_emitted_function_computes_what_it_should(tmp_path):
+    """Definitions out of order, shared subexpressions, powers, a function of jax.numpy."""
+    shared = (X + 1) ** 3
+    definitions = ((B, A * shared), (A, 1 / (1 + X**2)))
+    expressions = (B + sp.exp(X) * shared, sp.Rational(1, 3) * A - sp.Function("log1p")(B))
+    text = probe(*expressions, definitions=definitions).render()
+    got = jax.jit(load(text, tmp_path).probe)(jnp.asarray(0.7))
+    x = 0.7
+    a = 1 / (1 + x**2)
+    b = a * (x + 1) ** 3
+    np.testing.assert_allclose(
+        got, [b + np.exp(x) * (x + 1) ** 3, a / 3 - np.log1p(b)], rtol=8 * EPS
+    )
+    assert "import math" not in text
+
+
+@pytest.mark.parametrize(
+    ("expression", "called"),
+    [
+        (sp.erf(X), "erf"),
+        (sp.erfc(X), "erfc"),
+        (sp.gamma(X), "gamma"),
+        (sp.loggamma(X), "lgamma"),
+        (sp.factorial(X), "factorial"),
+        (sp.exp(X) + X * sp.erf(X), "erf"),
+        (sp.Max(X, 0), "reduce"),
+    ],
+    ids=str,
+)
+def test_untraceable_calls_are_rejected(expression, called):
+    with pytest.raises(NotImplementedError, match=f"`probe_module` would call `.*{called}`"):
+        probe(expression).render()
+    # In a definition, too.
+    with pytest.raises(NotImplementedError, match=called):
+        probe(A + X, definitions=((A, expression),)).render()
+
+
+@pytest.mark.parametrize("expression", [sp.sqrt(X), X ** sp.Rational(3, 2), 2**X, 1 / sp.cbrt(X)])
+def test_powers_that_are_not_integers_are_rejected(expression):
+    with pytest.raises(NotImplementedError, match="integer powers"):
+        probe(expression).render()
+
+
+@pytest.mark.parametrize(
+    "definitions",
+    [((A, B + X), (B, A * X)), ((A, A + 1),), ((A, sp.Symbol("unknown") * X),)],
+    ids=["two", "itself", "unknown"],
+)
+def test_circular_definitions_are_rejected(definitions):
+    with pytest.raises(ArithmeticError, match="`probe`: circular definitions"):
+        probe(A * X, definitions=definitions).render()
+
+
+# Order 2 on the class axis
+
+
+def log_phi(t, s, c, a, b):
+    """`log E[exp(-t f(u) - s f(v))]`, `f(z) = 1 + z + z^2 / 2`, also for a singular covariance."""
+    covariance = mpmath.matrix([[a, c], [c, b]])
+    weight = mpmath.matrix([[t, 0], [0, s]])
+    linear = mpmath.matrix([t, s])
+    system = mpmath.eye(2) + covariance * weight
+    tilted = system**-1 * covariance
+    quadratic = (linear.T * tilted * linear)[0]
+    return -(t + s) + quadratic / 2 - mpmath.log(mpmath.det(system)) / 2
+
+
+# (var1, cov12, var2): correlation 0, +-1 (exact in floats), and between.
+COVARIANCES = (
+    (1.0, 0.5, 1.0),
+    (0.3, 0.0, 2.0),
+    (4.0, 2.0, 1.0),
+    (4.0, -2.0, 1.0),
+    (2.25, 2.25, 2.25),
+    (20.0, -7.0, 5.0),
+    (1e-6, 5e-7, 1e-6),
+)
+POINTS = ((0.3, 0.7), (1.0, 1.0), (1e-5, 3e-5), (12.0, 0.02), (40.0, 25.0), (0.0, 0.5), (0.0, 0.0))
+
+
+@functools.cache
+def exact(t: float, s: float, a: float, c: float, b: float) -> tuple[Any, ...]:
+    """`L`, `L_ts / c`, `d L_ts / dc`, `dL / dc` by differences of `L` at 60 digits and more."""
+    with mpmath.workdps(DIGITS):
+        at = tuple(mpmath.mpf(x) for x in (t, s, c))
+
+        def function(t, s, c):
+            return log_phi(t, s, c, mpmath.mpf(a), mpmath.mpf(b))
+
+        cross_slope = mpmath.diff(function, at, (1, 1, 1))
+        cross = mpmath.diff(function, at, (1, 1, 0)) / c if c else cross_slope
+        return function(*at), cross, cross_slope, mpmath.diff(function, at, (0, 0, 1))
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES[:4])
+@pytest.mark.parametrize("point", POINTS[:3])
+def test_log_phi_is_the_gaussian_integral(point, covariance):
+    """The oracle, by quadrature in the logits."""
+    (a, c, b), (t, s) = covariance, point
+    x, weight = hermite_e.hermegauss(100)
+    weight /= weight.sum()
+    u = np.sqrt(a) * x[:, None] + 0 * x
+    v = c / np.sqrt(a) * x[:, None] + np.sqrt(b - c**2 / a) * x
+    value = np.exp(-t * (1 + u + u**2 / 2) - s * (1 + v + v**2 / 2))
+    want = np.log(weight @ value @ weight)
+    with mpmath.workdps(DIGITS):
+        got = float(log_phi(*(mpmath.mpf(y) for y in (t, s, c, a, b))))
+    assert got == pytest.approx(want, rel=1e-12, abs=1e-14)
+
+
+def test_log_phi_by_adaptive_quadrature():
+    a, c, b, t, s = 1.0, 0.5, 1.0, 0.3, 0.7
+    with mpmath.workdps(15):
+
+        def integrand(u, v):
+            density = mpmath.exp(-(b * u * u - 2 * c * u * v + a * v * v) / (2 * (a * b - c * c)))
+            tilt = mpmath.exp(-t * (1 + u + u * u / 2) - s * (1 + v + v * v / 2))
+            return density * tilt / (2 * mpmath.pi * mpmath.sqrt(a * b - c * c))
+
+        integral: Any = mpmath.quad(integrand, [-7, 0, 7], [-7, 0, 7], maxdegree=4)
+        got = float(mpmath.log(integral))
+    assert got == pytest.approx(float(exact(t, s, a, c, b)[0]), rel=1e-8)
+    # Negative control: another covariance.
+    assert got != pytest.approx(float(exact(t, s, a, c + 1e-6, b)[0]), rel=1e-8)
+
+
+def emitted_errors(covariance, point, shift=0.0, dtype: Any = np.float64) -> list[float]:
+    """Of the four outputs, in eps of their size: the larger of the values at `+-cov12`.
+
+    The determinant is even in `cov12` and the numerators are not, so that their terms add up at
+    one sign where they cancel at the other: `L_ts / cov12 = 1 + cov12 / 2` at `t = s = 0`.
+    """
+    (a, c, b), (t, s) = covariance, point
+    got = class_axis_order_2(*(jnp.asarray(x, dtype) for x in (a, c * (1 + shift), b, t, s)))
+    assert all(g.dtype == dtype for g in got)
+    want, mirrored = exact(t, s, a, c, b), exact(t, s, a, -c, b)
+    errors = []
+    with mpmath.workdps(DIGITS):
+        for g, w, m in zip(got, want, mirrored, strict=True):
+            size = max(abs(w), abs(m)) * float(np.finfo(dtype).eps)
+            errors.append(float(abs(float(g) - w) / size) if size else float(abs(g)))
+    return errors
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("point", POINTS)
+def test_class_axis_order_2(point, covariance):
+    errors = emitted_errors(covariance, point)
+    assert max(errors) <= 40, errors
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES[:6])
+@pytest.mark.parametrize("point", POINTS)
+def test_class_axis_order_2_in_float32(point, covariance):
+    # The oracle gets the very numbers that the function gets.
+    covariance, point = (
+        tuple(float(np.float32(x)) for x in numbers) for numbers in (covariance, point)
+    )
+    errors = emitted_errors(covariance, point, dtype=np.float32)
+    assert max(errors) <= 40, errors
+
+
+@pytest.mark.parametrize("output", range(4))
+def test_a_perturbed_covariance_is_noticed(output):
+    """Negative control: every output depends on cov12."""
+    covariance, point = (20.0, -7.0, 5.0), (0.3, 0.7)
+    assert emitted_errors(covariance, point)[output] <= 40
+    assert emitted_errors(covariance, point, shift=1e-12)[output] > 40
+
+
+def test_class_axis_order_2_is_symmetric_and_differentiable_at_the_edges():
+    """Variances 0 and 1e3, correlation beyond 1 by rounding, t and s on the whole half line."""
+    edges = [(0.0, 0.0, 0.0), (1e3, 1e3 * (1 + 4 * EPS), 1e3), (1e3, -1e3, 1e3), (0.0, 0.0, 1e3)]
+    points = list(itertools.product((0.0, 1e-8, 1.0, 1e4), repeat=2))
+    rows = np.array([(*edge, *point) for edge in edges for point in points])
+    arguments = [jnp.asarray(column) for column in rows.T]
+    got = jnp.stack(class_axis_order_2(*arguments))
+    assert np.isfinite(got).all()
+    a, c, b, t, s = arguments
+    swapped = jnp.stack(class_axis_order_2(b, c, a, s, t))
+    np.testing.assert_allclose(swapped, got, rtol=1e-9, atol=1e-12)
+    gradient = jax.jacfwd(class_axis_order_2, argnums=(0, 1, 2, 3, 4))
+    leaves = jax.tree.leaves(jax.jit(jax.vmap(gradient))(*arguments))
+    assert len(leaves) == 20
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+# The steps of the derivations
+
+U, V, W = sp.symbols("u v w", real=True)
+
+
+def gaussian_integral_by_quadrature(exponent, variables, covariance, n_nodes=40) -> float:
+    """`log E[exp(exponent)]` on a grid, through the Cholesky factor."""
+    x, weight = hermite_e.hermegauss(n_nodes)
+    weight = weight / weight.sum()
+    n = len(variables)
+    grid = np.stack(np.meshgrid(*[x] * n, indexing="ij"), axis=-1)
+    weights = functools.reduce(np.multiply.outer, [weight] * n)
+    values = grid @ np.linalg.cholesky(np.array(covariance, dtype=float)).T
+    function = sp.lambdify(variables, exponent, "numpy")
+    return float(np.log(np.sum(weights * np.exp(function(*np.moveaxis(values, -1, 0))))))
+
+
+@pytest.mark.parametrize(
+    ("exponent", "variables", "covariance"),
+    [
+        (-U * U / 3 + U / 2 - sp.Rational(1, 5), [U], [[sp.Rational(3, 2)]]),
+        (U - V / 4 + 2, [U, V], [[1, sp.Rational(1, 3)], [sp.Rational(1, 3), 2]]),
+        (
+            -U * U / 2 - U * V / 5 - V * V / 7 + V,
+            [U, V],
+            [[1, -sp.Rational(1, 2)], [-sp.Rational(1, 2), 1]],
+        ),
+        (
+            -U * U / 4 + V * W / 6 - W * W / 2 + U / 3 - W / 8,
+            [U, V, W],
+            [
+                [1, sp.Rational(1, 4), 0],
+                [sp.Rational(1, 4), 1, sp.Rational(1, 5)],
+                [0, sp.Rational(1, 5), sp.Rational(1, 2)],
+            ],
+        ),
+    ],
+    ids=["one", "linear", "cross", "three"],
+)
+def test_gaussian_log_integral(exponent, variables, covariance):
+    rational, determinant = class_axis.gaussian_log_integral(
+        sp.sympify(exponent), sp.Matrix(variables), sp.Matrix(covariance)
+    )
+    got = float(rational - sp.log(determinant) / 2)
+    want = gaussian_integral_by_quadrature(exponent, variables, covariance)
+    assert got == pytest.approx(want, abs=1e-11)
+    # Negative control: a linear term more.
+    other = gaussian_integral_by_quadrature(exponent + variables[0] / 1000, variables, covariance)
+    assert got != pytest.approx(other, abs=1e-11)
+
+
+def test_log_transform_is_the_oracle():
+    rational, determinant = class_axis.log_transform()
+    fractions = ((3, 4), (-1, 3), (2, 1), (2, 7), (5, 3))
+    symbols = (
+        class_axis.VAR1,
+        class_axis.COV12,
+        class_axis.VAR2,
+        class_axis.T,
+        class_axis.S,
+    )
+    numbers = {x: sp.Rational(*fraction) for x, fraction in zip(symbols, fractions, strict=True)}
+    with mpmath.workdps(DIGITS):
+        got = mpmath.mpf(sp.N((rational - sp.log(determinant) / 2).subs(numbers), DIGITS))
+        a, c, b, t, s = (mpmath.mpf(p) / q for p, q in fractions)
+        assert abs(got - log_phi(t, s, c, a, b)) < mpmath.mpf(10) ** -50
+
+
+def test_in_powers_of():
+    _, base = class_axis.log_transform()
+    inverse = sp.Symbol("inverse")
+    digits = (class_axis.COV12 * class_axis.T - 3, class_axis.S, sp.Integer(2))
+    expression: Any = sum(digit / base ** (3 - i) for i, digit in enumerate(digits))
+    expression = sp.together(expression)
+    got = class_axis.in_powers_of(base, inverse, expression)
+    want = sum(digit * inverse ** (3 - i) for i, digit in enumerate(digits))
+    assert sp.expand(got - want) == 0
+    with pytest.raises(ArithmeticError, match="not a polynomial"):
+        class_axis.in_powers_of(base, inverse, base**2)
+
+
+A11, C12, B22 = infinite_width.VAR1, infinite_width.COV12, infinite_width.VAR2
+
+# By counting pairings (Isserlis 1918): c per pair of one u and one v.
+ISSERLIS = {
+    (0, 0): sp.Integer(1),
+    (2, 0): A11,
+    (0, 2): B22,
+    (1, 1): C12,
+    (4, 0): 3 * A11**2,
+    (0, 6): 15 * B22**3,
+    (3, 1): 3 * A11 * C12,
+    (2, 2): A11 * B22 + 2 * C12**2,
+    (3, 3): 9 * A11 * B22 * C12 + 6 * C12**3,
+    (4, 2): 3 * A11**2 * B22 + 12 * A11 * C12**2,
+    (4, 4): 9 * A11**2 * B22**2 + 72 * A11 * B22 * C12**2 + 24 * C12**4,
+}
+
+
+@pytest.mark.parametrize(("i", "j"), ISSERLIS)
+def test_moment(i, j):
+    assert sp.expand(infinite_width.moment(i, j) - ISSERLIS[i, j]) == 0
+    # Its mirror image.
+    mirror = {A11: B22, B22: A11}
+    assert (
+        sp.expand(infinite_width.moment(j, i) - ISSERLIS[i, j].subs(mirror, simultaneous=True)) == 0
+    )
+
+
+@pytest.mark.parametrize(("i", "j"), [(1, 0), (0, 3), (2, 1), (4, 5), (-1, 1), (-2, 0), (0, -1)])
+def test_moments_that_vanish(i, j):
+    assert infinite_width.moment(i, j) == 0
+
+
+@pytest.mark.parametrize(("i", "j"), [(5, 3), (6, 6), (1, 9), (12, 8)])
+def test_moment_by_quadrature(i, j):
+    a, c, b = 0.75, -0.5, 1.25
+    x, weight = hermite_e.hermegauss(30)
+    weight /= weight.sum()
+    u = np.sqrt(a) * x[:, None]
+    v = c / np.sqrt(a) * x[:, None] + np.sqrt(b - c**2 / a) * x
+    want = weight @ (u**i * v**j) @ weight
+    numbers = {A11: a, C12: c, B22: b}
+    assert float(infinite_width.moment(i, j).subs(numbers)) == pytest.approx(want, rel=1e-11)
+    # Negative control: another variance.
+    numbers[B22] = b * (1 + 1e-9)
+    assert float(infinite_width.moment(i, j).subs(numbers)) != pytest.approx(want, rel=1e-11)
+
+
+def test_expectation_is_linear():
+    polynomial = 2 * U**2 * V**2 - sp.Rational(1, 3) * U * V + U**3 + 7
+    polynomial = polynomial.subs({U: infinite_width.U, V: infinite_width.V})
+    want = 2 * ISSERLIS[2, 2] - C12 / 3 + 7
+    assert sp.expand(infinite_width.expectation(polynomial) - want) == 0
+
+
+@pytest.mark.parametrize("order", [2, 4, 8])
+def test_horner_form_changes_nothing(order):
+    u, v = infinite_width.U, infinite_width.V
+    second = infinite_width.expectation(
+        taylor.taylor_polynomial(u, order) * taylor.taylor_polynomial(v, order)
+    )
+    form = infinite_width.horner_form(second)
+    assert sp.expand(form - second) == 0
+    assert sp.count_ops(form) < sp.count_ops(second)
+    assert infinite_width.horner_form(sp.Integer(3)) == 3
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 5, 12])
+def test_taylor_polynomial(order):
+    got = sp.Poly(taylor.taylor_polynomial(U, order), U)
+    assert got.degree() == order
+    assert sp.expand(got.as_expr() - sp.series(sp.exp(U), U, 0, order + 1).removeO()) == 0
+    # f_m' = f_{m-1}.
+    if order:
+        below = taylor.taylor_polynomial(U, order - 1)
+        assert sp.expand(got.as_expr().diff(U) - below) == 0
