@@ -58,8 +58,8 @@ def check_order(order: Any, *, allow_softmax: bool = True) -> Any:
 def softmax(z: Array, *, order: int | None, axis: int | tuple[int, ...] = -1) -> Array:
     """Softmax or Taylor softmax over `axis`: `f(z_i) / sum_j f(z_j)`, of the shape of `z`.
 
-    Finite for `|z|` up to 1e37 (1e307 in float64): numerator and denominator are divided by a common
-    power first.
+    Finite for `|z|` up to 1e37 (1e307 in float64): numerator and denominator are first divided by a
+    common power.
     """
     if order is None:
         return jax.nn.softmax(z, axis=axis)
