@@ -1,0 +1,1 @@
+"""Programs that measure speed and accuracy, print a table and save it."""
