@@ -15,8 +15,6 @@ import taylor_softmax
 from taylor_softmax import _classes, _table
 from taylor_softmax._classes import Pairs
 
-pytestmark = pytest.mark.core
-
 CORRELATIONS = np.array([-1.0, -0.6, 0.0, 0.3, 0.9, 0.999, 1.0])
 
 # (order, n, largest variance, limit in float64): DESIGN.md section 4, with margin nowhere.
@@ -150,6 +148,7 @@ def test_small_variances_have_the_linear_limit(order, n, dtype):
     np.testing.assert_allclose(slope, np.full(4, 1 / n**2), rtol=rtol)
 
 
+@pytest.mark.core
 def test_one_tiny_and_one_large_variance():
     for n in (2, 10, 100_000):
         exact = brute_force.class_covariance(1e-6, 0.8, 20.0, n=n, order=2)
@@ -317,6 +316,7 @@ def test_kernels_stay_symmetric_and_positive(order, method):
         assert eigenvalues[0] > -1e-7 * np.max(np.diagonal(kernel)), eigenvalues[0]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("order", [2, 4, None])
 @pytest.mark.parametrize("method", ["direct", "table"])
 def test_gradients_agree_with_differences_and_with_the_slope(order, method):
@@ -349,6 +349,7 @@ def test_vmap_equals_broadcasting():
     np.testing.assert_allclose(mapped, direct, rtol=1e-12)
 
 
+@pytest.mark.core
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices; conftest makes two on a CPU")
 @pytest.mark.parametrize("method", ["direct", "table", "auto"])
 def test_sharded_rows_stay_sharded(method):
@@ -374,6 +375,7 @@ def test_sharded_rows_stay_sharded(method):
 # Errors.
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

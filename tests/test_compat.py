@@ -421,7 +421,10 @@ def test_batch_and_jit_change_nothing(name):
     # Not a part of x: where a batch of both is the same, Dropout takes its entries for variances.
     y = x[2:] + 1
     want = kernel_fn(x, y, ("nngp", "ntk"))
-    for f in (nt.batch(kernel_fn, batch_size=2), jax.jit(kernel_fn, static_argnums=2)):
+    for f in (
+        nt.batch(kernel_fn, batch_size=2, device_count=1),
+        jax.jit(kernel_fn, static_argnums=2),
+    ):
         got = f(x, y, ("nngp", "ntk"))
         assert_close(got.nngp, want.nngp)
         assert_close(got.ntk, want.ntk)
@@ -431,7 +434,7 @@ def test_batch_of_an_empirical_kernel():
     f, params, x1, x2 = dense()
     x1 = jnp.concatenate([x1, x1[:1] + 1])
     ntk_fn = nt.empirical_ntk_fn(f, trace_axes=())
-    got = nt.batch(ntk_fn, batch_size=2)(x1, x2, params)
+    got = nt.batch(ntk_fn, batch_size=2, device_count=1)(x1, x2, params)
     assert_close(got, jacobian_contraction(f, x1, x2, params))
 
 
@@ -442,6 +445,7 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import taylor_softmax._compat, jax, numpy as np, neural_tangents as nt
 from neural_tangents import stax
+jax.config.update("jax_enable_x64", True)
 assert jax.local_device_count() == 2
 *_, kernel_fn = stax.serial(stax.Dense(1), stax.Relu(), stax.Dense(1))
 x = jax.random.normal(jax.random.PRNGKey(0), (8, 3))

@@ -14,8 +14,6 @@ from numpy.polynomial import hermite_e
 
 from taylor_softmax import _surrogate
 
-pytestmark = pytest.mark.core
-
 ORDERS = (2, 4, 8, 16, 32, None)
 DTYPES = (np.float32, np.float64)
 DIGITS = 50

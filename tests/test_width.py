@@ -15,8 +15,6 @@ from numpy.polynomial import hermite_e
 
 from taylor_softmax import _width
 
-pytestmark = pytest.mark.core
-
 EMITTED = (2, 4, 6, 8, 10, 12)
 ORDERS = (*EMITTED, 14, 20, 32)
 DIGITS = 50
