@@ -48,15 +48,9 @@ def moments(var1: Array, cov12: Array, var2: Array, *, order: int | None) -> tup
 
 def _mehler(var1: Array, cov12: Array, var2: Array, order: int, normaliser: int) -> Array:
     """`E[f_m(u) f_m(v)] / (E[f_k(u)] E[f_k(v)])` for `m = order`, `k = normaliser`."""
-    ratio1, ratio2 = (
-        sums / mean
-        for sums, mean in (
-            (_exponential_sums(variance / 2, order // 2), exponential)
-            for variance, exponential in (
-                (v, _exponential_sums(v / 2, normaliser // 2)[-1]) for v in (var1, var2)
-            )
-        )
-    )
+    # order <= normaliser: the sums up to the normaliser's hold all that are needed.
+    sums1, sums2 = (_exponential_sums(v / 2, normaliser // 2) for v in (var1, var2))
+    ratio1, ratio2 = sums1 / sums1[-1], sums2 / sums2[-1]
     total = jnp.zeros_like(var1 * cov12 * var2)
     for j in range(order, -1, -1):
         r = (order - j) // 2
