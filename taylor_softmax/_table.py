@@ -1,12 +1,13 @@
 """Chebyshev interpolation of the class covariance, for matrices with more entries than nodes.
 
-`I / c` is smooth in the two variances and the correlation. Its interpolant is built, inside `jit`,
-over the range of variances that came; evaluating it takes a small matrix product per degree in the
-correlation instead of a double integral per entry. Where it is not good enough, its own last
-coefficients say so.
+`I / c` and `dI / dc` are smooth in the two variances and the correlation. Their interpolants are
+built, inside `jit`, over the range of variances that came; evaluating one takes a few hundred
+multiplications per entry instead of a double integral. Where they are not good enough, their own
+last coefficients say so.
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -22,20 +23,33 @@ _KNEE = 0.5
 
 # Smallest half-width of the range in that variable. All variances equal would make it 0, and the
 # derivative in the variance needs a range.
-_LEAST_HALF_WIDTH = 0.05
+_LEAST_HALF_WIDTH = 0.01
 
 
-def shapes(n_classes: int) -> tuple[tuple[int, int], ...]:
-    """Numbers of nodes in each variance and in the correlation, of the tables to try in turn.
+class Shape(NamedTuple):
+    """Of a table, and the half-width of the range of variances that it is meant for."""
 
-    Measured, error of `I` and `dI / dc` over all correlations: order 2, n = 10: 8 nodes 4e-8 where
-    variances lie within a factor 4, 20 nodes 4e-10 from 0 to 4, 28 nodes 3e-10 and 1e-7 from 0 to
-    20. Order 8, n = 3: 14 nodes 1e-8 within a factor 4, 28 nodes 5e-8 from 0 to 4. The degree in
-    the correlation that is needed falls with the number of classes.
+    variances: int
+    correlations: int
+    half_width: float
+
+
+def shapes(n_classes: int) -> tuple[Shape, ...]:
+    """The tables to try in turn, those meant for a range as wide as the data's and larger ones.
+
+    Measured, nodes in each variance for the tolerances below at n = 2 to 1000: order 2, order 8
+    and softmax 4, 4 and 4 for equal variances, 13, 19 (14 from n = 10) and 14 for a factor 10, 24,
+    30 (22) and 22 for six decades up to 4, 30, 27 and 30 from 0 to 20. In the correlation: for
+    variances up to 4: 37 at n = 2, 31 at n = 3, 21 from n = 10; up to 20: 63, 58, 39.
     """
-    degrees = ((4, (36, 48)), (10, (28, 36)), (100, (20, 28)))
-    few, many = next((nodes for limit, nodes in degrees if n_classes < limit), (16, 20))
-    return (8, few), (16, many), (28, many)
+    degrees = ((3, (38, 60)), (10, (32, 50)))
+    few, many = next((nodes for limit, nodes in degrees if n_classes < limit), (21, 32))
+    return (
+        Shape(5, few, 1.1 * _LEAST_HALF_WIDTH),
+        Shape(14, few, 0.42),
+        Shape(24, few, 0.85),
+        Shape(30, many, np.inf),
+    )
 
 
 def tolerance(largest: Array, order: int | None) -> Array:
@@ -45,18 +59,22 @@ def tolerance(largest: Array, order: int | None) -> Array:
       largest: of the variances.
     """
     if jnp.finfo(largest.dtype).bits < 64:
-        return jnp.asarray(1e-5, largest.dtype)
+        # Rounding alone makes the estimate up to 3e-5 (n = 2, variances over six decades).
+        return jnp.asarray(5e-5, largest.dtype)
     if order == 2:
         return jnp.asarray(5e-8, largest.dtype)
     return jnp.where(largest <= 4.1, 5e-7, 2e-5).astype(largest.dtype)
 
 
 class Table(NamedTuple):
-    """An interpolant of `I / c`.
+    """Interpolants of `I / c` and of `dI / dc`.
+
+    Each has its own samples: the derivative of an interpolant of degree `k` would amplify the
+    rounding of the first by up to `k^2`, in float32 to 6e-4 (measured).
 
     Attributes:
       middle, half_width: of the range in `log(1 + sigma / knee)`.
-      coefficients: Chebyshev coefficients, `(correlation, variance, variance)`.
+      coefficients: Chebyshev coefficients, `(2, correlation, variance, variance)`.
       error: estimate of the error of `I` and `dI / dc`, relative to their values at correlation 1.
     """
 
@@ -74,31 +92,33 @@ class Table(NamedTuple):
         return jnp.stack(polynomials, -1)
 
     def rows(self, variance: Array) -> Array:
-        """Coefficients with `variance`, `(z, x)`, put in: `(z, correlation, x, variance)`."""
+        """Coefficients with `variance` put in, `(2, *variance.shape, correlation, n_nodes)`."""
         return jnp.einsum(
-            "zxi,kij->zkxj",
+            "...i,qkij->q...kj",
             self.basis(variance),
             self.coefficients,
             precision=lax.Precision.HIGHEST,
         )
 
 
-def build(
-    least: Array,
-    largest: Array,
-    *,
-    n_classes: int,
-    order: int | None,
-    shape: tuple[int, int],
+def build_if_meant(
+    least: Array, largest: Array, *, n_classes: int, order: int | None, shape: Shape
 ) -> Table:
-    """The interpolant over variances from `least` to `largest` and all correlations.
+    """`build`, or a table with an infinite error where the range is wider than `shape` is for."""
+    make = functools.partial(build, least, largest, n_classes=n_classes, order=order, shape=shape)
+    # Finite: under `vmap` both branches of every `cond` run, and are differentiated.
+    none = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(make))
+    none = none._replace(error=jnp.full_like(none.error, jnp.inf))
+    half_width = (_coordinate(largest) - _coordinate(least)) / 2
+    return lax.cond(half_width <= shape.half_width, make, lambda: none)
 
-    Args:
-      least, largest: positive scalars.
-      shape: number of nodes in each variance, and in the correlation.
-    """
+
+def build(
+    least: Array, largest: Array, *, n_classes: int, order: int | None, shape: Shape
+) -> Table:
+    """The interpolant over variances from `least` to `largest`, scalars, and all correlations."""
     dtype = least.dtype
-    n_variances, n_correlations = shape
+    n_variances, n_correlations, _ = shape
     low, high = (lax.stop_gradient(_coordinate(x)) for x in (least, largest))
     # The lower end stays at or above 0.
     half_width = jnp.maximum((high - low) / 2, _LEAST_HALF_WIDTH)
@@ -116,33 +136,29 @@ def build(
     # I is symmetric in the variances: half of the pairs do.
     rows, columns = np.triu_indices(n_variances)
 
-    def correlations(indices: tuple[Array, Array]) -> Array:
+    def correlations(indices: tuple[Array, Array]) -> tuple[Array, Array]:
         one, two = (jax.tree.map(lambda leaf, i=i: leaf[i], inputs) for i in indices)
         cov12 = rho * jnp.sqrt(one.variance * two.variance)
-        return jax.vmap(lambda c: _pair.pair(one, two, c, n_classes=n_classes)[0])(cov12)
+        return jax.vmap(lambda c: _pair.pair(one, two, c, n_classes=n_classes))(cov12)
 
-    upper = lax.map(correlations, (jnp.asarray(rows), jnp.asarray(columns)))
+    upper = jnp.stack(lax.map(correlations, (jnp.asarray(rows), jnp.asarray(columns))))
     where = np.zeros((n_variances, n_variances), dtype=int)
     where[rows, columns] = where[columns, rows] = np.arange(rows.size)
-    values = upper[where]
+    values = upper[:, where]
 
     coefficients = jnp.einsum(
-        "kr,ia,jb,abr->kij",
+        "kr,ia,jb,qabr->qkij",
         rho_to_coefficients,
         to_coefficients,
         to_coefficients,
         values,
         precision=lax.Precision.HIGHEST,
     )
-    # Rounding leaves a floor under the coefficients, in float32 about eps / 20 (measured). It is no
-    # sign of truncation, and the derivative, which weighs degree k by up to k^2, would amplify it.
     size = jnp.abs(coefficients)
-    size = jnp.maximum(size - jnp.finfo(dtype).eps / 8 * jnp.max(size), 0)
-    coefficients = jnp.where(size > 0, coefficients, 0)
-    tail = 2 * _tail(jnp.sum(size, (0, 1))) + n_correlations**2 * _tail(jnp.sum(size, (1, 2)))
+    tail = 2 * _tail(jnp.sum(size, (1, 2))) + _tail(jnp.sum(size, (2, 3)))
     diagonal = jnp.arange(n_variances)
-    error = tail / jnp.min(jnp.abs(values[diagonal, diagonal, -1]))
-    return Table(middle, half_width, coefficients, error)
+    error = tail / jnp.min(jnp.abs(values[:, diagonal, diagonal, -1]), axis=1)
+    return Table(middle, half_width, coefficients, jnp.max(error))
 
 
 def _coordinate(variance: Array) -> Array:
@@ -152,32 +168,40 @@ def _coordinate(variance: Array) -> Array:
 def _tail(size: Array) -> Array:
     """What is missing beyond the last of the coefficients of `size`, if they go on geometrically.
 
-    By twos, since odd and even coefficients can differ in size.
+    Along the last axis, by twos: odd and even coefficients can differ in size.
     """
-    last, before = size[-1] + size[-2], size[-3] + size[-4]
+    last, before = size[..., -1] + size[..., -2], size[..., -3] + size[..., -4]
     ratio = jnp.minimum(last / jnp.maximum(before, jnp.finfo(size.dtype).tiny), 0.5)
     return last * ratio / (1 - ratio)
 
 
-def evaluate(rows: Array, columns: Array, correlation: Array) -> tuple[Array, Array]:
-    """`I / c` and its derivative in the correlation.
+def evaluate(rows: Array, columns: Array, correlation: Array, *, fused: bool) -> Array:
+    """`I / c` or `dI / dc`.
 
     Args:
-      rows: `Table.rows` of the first input's variance, `(z, correlation, x, variance)`.
+      rows: one of the two of `Table.rows` of the first input's variance,
+        `(z, x, correlation, variance)`.
       columns: `Table.basis` of the second's, `(z, y, variance)`.
       correlation: `(z, x, y)`.
+      fused: elementwise in the pairs, so that XLA compiles one loop over them that keeps its
+        intermediates in registers. A product of matrices writes an array as large as the
+        correlations for every degree and reads it again, which takes twice the time (measured on a
+        CPU), but compiles, and above all differentiates, much faster.
     """
-    contract = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    # XLA's matrix product with a batch axis is several times slower on a CPU than the one without.
-    if rows.shape[0] == 1:
-        by_degree = contract("kxj,yj->kxy", rows[0], columns[0])[:, None]
+    if fused:
+        first = [rows[:, :, None, :, j] for j in range(rows.shape[-1])]
+        second = [columns[:, None, :, j] for j in range(columns.shape[-1])]
+        coefficients = [
+            functools.reduce(
+                operator.add, (a[..., k] * b for a, b in zip(first, second, strict=True))
+            )
+            for k in range(rows.shape[-2])
+        ]
     else:
-        by_degree = contract("zkxj,zyj->kzxy", rows, columns)
-    # Clenshaw's recurrence and its derivative: monomials in rho would lose digits as 2^degree.
-    value = previous = slope = previous_slope = jnp.zeros_like(correlation)
-    for coefficient in by_degree[:0:-1]:
-        slope, previous_slope = 2 * value + 2 * correlation * slope - previous_slope, slope
-        value, previous = coefficient + 2 * correlation * value - previous, value
-    slope = value + correlation * slope - previous_slope
-    value = by_degree[0] + correlation * value - previous
-    return value, slope
+        coefficients = jnp.einsum("zxkj,zyj->kzxy", rows, columns, precision=lax.Precision.HIGHEST)
+    # Clenshaw's recurrence: monomials in rho would lose digits as 2^degree.
+    twice = 2 * correlation
+    value = previous = jnp.zeros_like(correlation)
+    for coefficient in coefficients[:0:-1]:
+        value, previous = twice * value + (coefficient - previous), value
+    return correlation * value + (coefficients[0] - previous)
