@@ -6,6 +6,7 @@ Taylor softmax of even order `m` is `y_i = f_m(z_i) / sum_j f_m(z_j)` with
 """
 
 import functools
+import math
 import operator
 from typing import Any, Literal, overload
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import scipy.optimize
 from jax import Array, lax
 
 # Roots are found with this many decimal digits. The roots of `f_m` are ill-conditioned in double
@@ -55,20 +57,61 @@ def check_order(order: Any, *, allow_softmax: bool = True) -> Any:
     return value
 
 
-def softmax(z: Array, *, order: int | None, axis: int | tuple[int, ...] = -1) -> Array:
+def softmax(
+    z: Array,
+    *,
+    order: int | None,
+    axis: int | tuple[int, ...] = -1,
+    where: Array | None = None,
+) -> Array:
     """Softmax or Taylor softmax over `axis`: `f(z_i) / sum_j f(z_j)`, of the shape of `z`.
 
     Finite for `|z|` up to 1e37 (1e307 in float64): numerator and denominator are first divided by a
     common power.
+
+    Args:
+      where: boolean, broadcasts with `z`. Entries where it is False leave the sum and become 0.
+    """
+    if where is not None:
+        # Anything that does not raise the largest, and is finite where nothing is left.
+        z = jnp.where(where, z, jnp.min(jnp.where(where, z, 0), axis=axis, keepdims=True))
+    if order is None:
+        if where is None:
+            return jax.nn.softmax(z, axis=axis)
+        values = jnp.exp(z - lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)))
+    else:
+        largest = jnp.max(jnp.abs(z), axis=axis, keepdims=True, initial=0.0)
+        # The ratio does not depend on the scale, so neither does its gradient.
+        scale = lax.stop_gradient(jnp.maximum(1.0, largest / _quadratic_factors(order).unit))
+        values = _scaled_taylor(z, scale, order)
+    if where is None:
+        return values / jnp.sum(values, axis=axis, keepdims=True)
+    values = jnp.where(where, values, 0)
+    total = jnp.sum(values, axis=axis, keepdims=True)
+    return values / jnp.where(total > 0, total, 1)
+
+
+def ratios(z: Array, present: Array, *, order: int | None) -> tuple[Array, Array, Array]:
+    """`f(z_i)`, `f'(z_i)` and `f''(z_i)` over `sum_j f(z_j)`, along the last axis.
+
+    Args:
+      z: `(..., S)`.
+      present: 1 or 0, `(S,)`: the positions that there are; the others are 0.
     """
     if order is None:
-        return jax.nn.softmax(z, axis=axis)
-    roots = _quadratic_factors(order)
-    largest = jnp.max(jnp.abs(z), axis=axis, keepdims=True, initial=0.0)
-    # The ratio does not depend on the scale, so neither does its gradient.
-    scale = lax.stop_gradient(jnp.maximum(1.0, largest / roots.unit))
-    values = _scaled_taylor(z, scale, order)
-    return values / jnp.sum(values, axis=axis, keepdims=True)
+        value = softmax(z, order=None, where=present > 0)
+        return value, value, value
+    largest = jnp.max(jnp.abs(z), axis=-1, keepdims=True)
+    scale = lax.stop_gradient(jnp.maximum(1.0, largest / _quadratic_factors(order).unit))
+    ones = jnp.ones_like(z)
+
+    def value_and_slope(z: Array) -> tuple[Array, Array]:
+        return jax.jvp(lambda z: _scaled_taylor(z, scale, order), (z,), (ones,))
+
+    (value, slope), (_, curvature) = jax.jvp(value_and_slope, (z,), (ones,))
+    total = jnp.sum(present * value, -1, keepdims=True)
+    total = jnp.where(total > 0, total, 1)
+    return present * value / total, present * slope / total, present * curvature / total
 
 
 def normalised(x: Array, variance: Array, *, order: int | None) -> tuple[Array, Array]:
@@ -92,6 +135,30 @@ def normalised(x: Array, variance: Array, *, order: int | None) -> tuple[Array, 
     value, slope = jax.jvp(lambda z: _scaled_taylor(z, scale, order), (z,), (jnp.ones_like(z),))
     mean = _scaled_mean(variance, scale, order)
     return value / mean, slope / mean
+
+
+def log_value(z: Array, *, order: int | None) -> Array:
+    """`log f(z)`, of the shape of `z`; finite and differentiable for `|z|` up to 1e37."""
+    if order is None:
+        return z
+    # What a common power of numerator and denominator is to `softmax`, each entry has of its own.
+    scale = lax.stop_gradient(jnp.maximum(1.0, jnp.abs(z) / _quadratic_factors(order).unit))
+    return jnp.log(_scaled_taylor(z, scale, order)) + order * jnp.log(scale)
+
+
+@functools.cache
+def minimiser(order: int | None) -> float:
+    """Where `f` is smallest: the real root of `f_m' = f_{m-1}`, for softmax `-inf`.
+
+    `f_m'' = f_{m-2} > 0`, so that `f` falls before it and rises after it.
+    """
+    if order is None:
+        return -math.inf
+    coefficients = 1 / np.cumprod([1.0, *range(1, order)])
+    solution = scipy.optimize.root_scalar(
+        lambda z: np.polyval(coefficients[::-1], z), bracket=(-order, 0)
+    )
+    return float(solution.root)
 
 
 def _scaled_taylor(z: Array, scale: Array, order: int) -> Array:

@@ -1,6 +1,7 @@
 """Ground truth by sampling, with standard errors."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,9 @@ from jax import Array, lax, random
 from jax.typing import ArrayLike
 
 from taylor_softmax import _surrogate
+from taylor_softmax._arguments import check_integer
 from taylor_softmax._classes import check_n_classes
+from taylor_softmax._positions import broadcast_covariances
 
 # Numbers drawn at once, over all pairs: 32 MB in float64.
 _CHUNK = 1 << 22
@@ -58,52 +61,106 @@ def class_second_moment(
       TypeError, ValueError: `n_classes`, `order` or `n_samples` is not one of the above.
     """
     n_classes, order = check_n_classes(n_classes), _surrogate.check_order(order)
-    if isinstance(n_samples, bool) or not hasattr(n_samples, "__index__"):
-        raise TypeError(f"`n_samples` must be an integer, got {n_samples!r}.")
-    if n_samples < 2:
-        raise ValueError(f"`n_samples` must be at least 2 for a standard error, got {n_samples}.")
+    n_samples = check_integer("n_samples", n_samples, least=2)
     arrays = tuple(jnp.asarray(x) for x in (var1, cov12, var2))
     dtype = jnp.result_type(float, *arrays)
     shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
     var1, cov12, var2 = (jnp.broadcast_to(x.astype(dtype), shape).reshape(-1) for x in arrays)
 
-    per_sample = max(1, var1.size) * n_classes * (n_classes + 2)
-    chunk = max(1, min(int(n_samples), _CHUNK // per_sample))
-    n_chunks, remainder = divmod(int(n_samples), chunk)
-    moments = _class_moments(key, var1, cov12, var2, n_classes, order, chunk, n_chunks, remainder)
-    return Estimate(*(x.reshape(*shape, n_classes, n_classes) for x in moments))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("n_classes", "order", "chunk", "n_chunks", "remainder")
-)
-def _class_moments(
-    key: Array,
-    var1: Array,
-    cov12: Array,
-    var2: Array,
-    n_classes: int,
-    order: int | None,
-    chunk: int,
-    n_chunks: int,
-    remainder: int,
-) -> tuple[Array, Array]:
     root = jnp.sqrt(var1)
     # v given u. The guard is for variance 0, where the slope does not matter.
     slope = jnp.where(var1 > 0, cov12 / jnp.where(var1 > 0, root, 1), 0)
     rest = jnp.sqrt(jnp.maximum(var2 - slope**2, 0))
 
-    def products(key: Array, n: int) -> Array:
-        """`y(u) y(v)^T` of `n` samples, `(n, pairs, C, C)`."""
-        x, y = random.normal(key, (2, n, n_classes, var1.size), var1.dtype)
-        u, v = root * x, slope * x + rest * y
-        left, right = (_surrogate.softmax(z, order=order, axis=1) for z in (u, v))
-        return jnp.einsum("sip,sjp->spij", left, right)
+    factors = jnp.stack([root, slope, rest])
+    estimate = _second_moment(
+        key, factors, _draw_classes, (var1.size, n_classes), order, n_samples, _CHUNK
+    )
+    return Estimate(*(x.reshape(*shape, n_classes, n_classes) for x in estimate))
+
+
+def joint_second_moment(
+    key: Array,
+    cov11: ArrayLike,
+    cov12: ArrayLike,
+    cov22: ArrayLike,
+    *,
+    order: int | None = None,
+    n_samples: int,
+) -> Estimate:
+    """`E[y(u) y(v)^T]` by sampling logits `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])`.
+
+    Covariances may be singular. Memory and `key` as in `class_second_moment`.
+
+    Args:
+      key: `jax.random.key` (or `PRNGKey`).
+      cov11, cov12, cov22: `K11`, `K12`, `K22`, each `(..., S, S)`.
+      order: even order of the Taylor softmax, or None for softmax itself.
+      n_samples: at least 2.
+
+    Returns:
+      `(mean, stderr)`, each of shape `(..., S, S)`.
+
+    Raises:
+      TypeError, ValueError: `order` or `n_samples` is not one of the above; a covariance is not of
+        shape `(..., S, S)`.
+    """
+    order = _surrogate.check_order(order)
+    n_samples = check_integer("n_samples", n_samples, least=2)
+    covs = broadcast_covariances(cov11, cov12, cov22)
+    shape, size = covs[0].shape, covs[0].shape[-1]
+    k11, k12, k22 = (cov.reshape(-1, size, size) for cov in covs)
+    sigma = jnp.block([[k11, k12], [jnp.swapaxes(k12, 1, 2), k22]])
+    # A root by eigenvectors: Cholesky's needs a positive definite matrix.
+    values, vectors = jnp.linalg.eigh(sigma)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+
+    estimate = _second_moment(
+        key, root, _draw_positions, (len(root), size), order, n_samples, _CHUNK
+    )
+    return Estimate(*(x.reshape(shape) for x in estimate))
+
+
+def _draw_classes(key: Array, factors: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    root, slope, rest = factors[..., None]
+    x, y = random.normal(key, (2, *shape), factors.dtype)
+    return root * x, slope * x + rest * y
+
+
+def _draw_positions(key: Array, root: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    *leading, size = shape
+    x = random.normal(key, (*leading, 2 * size), root.dtype)
+    z = jnp.einsum("bij,nbj->nbi", root, x, precision=lax.Precision.HIGHEST)
+    return z[..., :size], z[..., size:]
+
+
+@functools.partial(jax.jit, static_argnames=("draw", "shape", "order", "n_samples", "at_once"))
+def _second_moment(
+    key: Array,
+    factors: Array,
+    draw: Callable[[Array, Array, tuple[int, ...]], tuple[Array, Array]],
+    shape: tuple[int, int],
+    order: int | None,
+    n_samples: int,
+    at_once: int,
+) -> tuple[Array, Array]:
+    """Mean of `y(u) y(v)^T` and its standard error, `(pairs, C, C)`.
+
+    Args:
+      draw: `draw(key, factors, (n, pairs, C))` gives `n` samples of `u` and `v` of that shape.
+      shape: `(pairs, C)`.
+      at_once: numbers held at a time.
+    """
+    dtype = factors.dtype
+    n_pairs, size = shape
+    chunk = max(1, min(n_samples, at_once // (max(1, n_pairs) * size * (size + 2))))
+    n_chunks, remainder = divmod(n_samples, chunk)
 
     # Chan's update of mean and sum of squared deviations: sums of squares would cancel.
     def merge(state: tuple[Array, Array, Array], key: Array, n: int) -> tuple[Array, Array, Array]:
         count, mean, deviation = state
-        samples = products(key, n)
+        left, right = (_surrogate.softmax(z, order=order) for z in draw(key, factors, (n, *shape)))
+        samples = left[..., :, None] * right[..., None, :]
         chunk_mean = jnp.mean(samples, 0)
         chunk_deviation = jnp.sum((samples - chunk_mean) ** 2, 0)
         total, step = count + n, chunk_mean - mean
@@ -111,8 +168,8 @@ def _class_moments(
         deviation = deviation + chunk_deviation + step**2 * (count * (n / total))
         return total, mean, deviation
 
-    zeros = jnp.zeros((var1.size, n_classes, n_classes), var1.dtype)
-    state = (jnp.zeros((), var1.dtype), zeros, zeros)
+    zeros = jnp.zeros((n_pairs, size, size), dtype)
+    state = (jnp.zeros((), dtype), zeros, zeros)
     state = lax.fori_loop(0, n_chunks, lambda i, s: merge(s, random.fold_in(key, i), chunk), state)
     if remainder:
         state = merge(state, random.fold_in(key, n_chunks), remainder)

@@ -6,19 +6,23 @@ init_fn, apply_fn, kernel_fn = stax.serial(
 """
 
 import functools
+import itertools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from neural_tangents import Kernel
 from neural_tangents._src.stax.requirements import get_diagonal
 from neural_tangents._src.utils.utils import interleave_ones
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
-from neural_tangents.stax import Diagonal, layer, requires, supports_masking
+from neural_tangents.stax import Bool, Diagonal, layer, requires, supports_masking
 
-from taylor_softmax import _classes, _surrogate, _width
+from taylor_softmax import _classes, _positions, _surrogate, _width
+from taylor_softmax._arguments import check_integer
 from taylor_softmax._classes import Method, Pairs
 
 _Layer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
@@ -33,6 +37,7 @@ def TaylorSoftmax(
     *,
     batch_axis: int = 0,
     method: Method = "auto",
+    n_points: int = _positions.DEFAULT_POINTS,
 ) -> _Layer:
     """Taylor softmax: `y_i = f(z_i) / sum_j f(z_j)` with `f(z) = sum_{k <= order} z^k / k!`.
 
@@ -49,18 +54,24 @@ def TaylorSoftmax(
       `n` grows. `nngp = E[f(u) f(v)] / (E[f(u)] E[f(v)])` and
       `ntk = Theta E[f'(u) f'(v)] / (E[f(u)] E[f(v)])`, elementwise; the layer can stand in the
       middle of a network.
+    - Spatial axes: a softmax over the positions along `axis` of each channel, with whatever
+      covariance they have: `nngp = E[y(u) y(v)^T]` of `taylor_softmax.joint_second_moment`, and
+      `ntk = E[J(u) Theta J(v)^T]` with `J` the Jacobian of `y`. Positions along the other spatial
+      axes have softmaxes of their own, which covary.
 
     Taylor softmax is due to de Brebisson & Vincent 2016 (arXiv 1511.05042). Its kernel differs
     from that of softmax by more the larger the variance: use `Softmax` where softmax is meant.
 
-    Masks pass through unchanged.
+    Masks pass through unchanged. Masked positions leave the sum over spatial axes.
 
     Args:
       order: of the Taylor polynomial; even, so that `f > 0`. Up to 32 over a finite axis.
-      axis: to normalise over; the channel axis (others are not implemented in `kernel_fn`).
+      axis: to normalise over: the channel axis, or one spatial axis or several.
       infinite_width: multiply by the size of the axis, and take its limit in `kernel_fn`.
       batch_axis: batch axis of the inputs.
       method: how `kernel_fn` evaluates `I`, see `taylor_softmax.class_covariance`.
+      n_points: spatial axes, orders above 2: quasi-random points per pair of inputs, see
+        `taylor_softmax.joint_second_moment`.
 
     Returns:
       `(init_fn, apply_fn, kernel_fn)`.
@@ -77,7 +88,7 @@ def TaylorSoftmax(
             f"kernel is softmax's own to many digits by then: use `stax.Softmax`, or "
             f"`infinite_width=True`, which takes every even order."
         )
-    return _softmax_layer(order_checked, axis, infinite_width, batch_axis, method)
+    return _softmax_layer(order_checked, axis, infinite_width, batch_axis, method, n_points)
 
 
 @layer
@@ -88,13 +99,14 @@ def Softmax(
     *,
     batch_axis: int = 0,
     method: Method = "auto",
+    n_points: int = _positions.DEFAULT_POINTS,
 ) -> _Layer:
     """Softmax: `y_i = exp(z_i) / sum_j exp(z_j)`.
 
     The limit of `TaylorSoftmax` as its order grows; arguments, kernels and errors are those of
     `TaylorSoftmax`. With `infinite_width=True` `nngp = exp(c)` and `ntk = Theta exp(c)`, exactly.
     """
-    return _softmax_layer(None, axis, infinite_width, batch_axis, method)
+    return _softmax_layer(None, axis, infinite_width, batch_axis, method, n_points)
 
 
 class ClassKernel(NamedTuple):
@@ -162,8 +174,10 @@ def _softmax_layer(
     infinite_width: bool,
     batch_axis: int,
     method: Method,
+    n_points: int,
 ) -> _Layer:
     _check_axis(axis)
+    n_points = check_integer("n_points", n_points, least=0)
     _classes.check_method(method)
     if not isinstance(infinite_width, bool):
         raise TypeError(f"`infinite_width` must be a boolean, got {infinite_width!r}.")
@@ -172,28 +186,44 @@ def _softmax_layer(
         _resolve_axis(axis, batch_axis, len(input_shape))
         return input_shape, ()
 
-    def apply_fn(params: tuple[()], inputs: Array, **kwargs: Any) -> Array:
+    def apply_fn(params: tuple[()], inputs: Array, *, mask: Any = None, **kwargs: Any) -> Array:
         axes = _resolve_axis(axis, batch_axis, inputs.ndim)
-        outputs = _surrogate.softmax(inputs, order=order, axis=axes)
+        where = None
+        # A mask has size 1 along the channels, of which none is missing.
+        if mask is not None and all(mask.shape[i] == inputs.shape[i] > 1 for i in axes):
+            where = ~mask
+        outputs = _surrogate.softmax(inputs, order=order, axis=axes, where=where)
         if infinite_width:
             outputs = outputs * functools.reduce(operator.mul, (inputs.shape[i] for i in axes))
         return outputs
 
-    @requires(batch_axis=batch_axis, diagonal_spatial=Diagonal())
+    # Over the last axis the channels are meant, unless a kernel says that they are elsewhere.
+    over_channels = axis in (-1, (-1,), [-1])
+    diagonal = Diagonal() if over_channels else Diagonal(input=Bool.NO)
+
+    @requires(batch_axis=batch_axis, diagonal_spatial=diagonal)
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
         axes = _resolve_axis(axis, k.batch_axis, len(k.shape1))
-        if axes != (k.channel_axis,):
+        over_channels = axes == (k.channel_axis,)
+        if k.channel_axis in axes and not over_channels:
             raise NotImplementedError(
-                f"`axis={axis!r}` of inputs of shape {k.shape1}: kernels are implemented for "
-                f"softmax over the channel axis only. Use `axis={k.channel_axis}`, or "
-                f"`neural_tangents.monte_carlo_kernel_fn` on `apply_fn`, which works for every "
-                f"axis."
+                f"`axis={axis!r}` of inputs of shape {k.shape1} joins the channel axis with "
+                f"spatial ones. Kernels are implemented for softmax over the channel axis "
+                f"(`axis={k.channel_axis}`) or over spatial axes; "
+                f"`neural_tangents.monte_carlo_kernel_fn` on `apply_fn` works for every axis."
+            )
+        if infinite_width and not over_channels:
+            raise NotImplementedError(
+                f"`infinite_width=True` with `axis={axis!r}`: spatial axes of inputs of shape "
+                f"{k.shape1} are finite. Use `infinite_width=False`, or `axis={k.channel_axis}`."
             )
         if not k.is_gaussian:
             raise ValueError(
                 "The input of a softmax layer must be Gaussian for its kernel. Put a layer with "
                 "random weights before it, such as `stax.Dense(n_classes)`."
             )
+        if not over_channels:
+            return _spatial_softmax(k, axes, order, n_points)
         if infinite_width:
             moments = [_width.moments(*pairs, order=order) for pairs in _pairs_of_inputs(k)]
             return _replace_covariances(k, moments)
@@ -242,6 +272,90 @@ def _replace_covariances(k: Kernel, moments: list[tuple[Array, Array]]) -> Kerne
         cov2=rest[0][0] if rest else None,
         is_gaussian=False,
     )
+
+
+def _spatial_softmax(k: Any, axes: tuple[int, ...], order: int | None, n_points: int) -> Kernel:
+    """`k` after a softmax over the spatial `axes`."""
+    if k.is_reversed:
+        k = k.reverse()
+    ndim = len(k.shape1)
+    spatial = [i for i in range(ndim) if i not in (k.batch_axis, k.channel_axis)]
+    over = [spatial.index(i) for i in axes]
+    rest = [i for i in range(len(spatial)) if i not in over]
+    sizes = [k.shape1[i] for i in spatial]
+    n_rest, n_over = (math.prod(sizes[i] for i in group) for group in (rest, over))
+
+    def permutation(batch_ndim: int) -> list[int]:
+        """Takes `(*batch, H, H, W, W, ...)` to `(*batch, rest, rest, over, over)`."""
+        first, second = ([batch_ndim + 2 * i + j for i in range(len(sizes))] for j in (0, 1))
+        groups = ([side[i] for i in group] for group in (rest, over) for side in (first, second))
+        return [*range(batch_ndim), *itertools.chain(*groups)]
+
+    def split(cov: Array, batch_ndim: int) -> Array:
+        """`(*batch, rest, rest, over, over)`, one axis each."""
+        batch = cov.shape[:batch_ndim]
+        return cov.transpose(permutation(batch_ndim)).reshape(
+            *batch, n_rest, n_rest, n_over, n_over
+        )
+
+    def join(array: Array, batch: tuple[int, ...]) -> Array:
+        axes = permutation(len(batch))
+        doubled = [*batch, *(size for size in sizes for _ in range(2))]
+        array = array.reshape([doubled[i] for i in axes])
+        return array.transpose(sorted(range(len(axes)), key=axes.__getitem__))
+
+    batch_ndim = 1 if k.diagonal_batch else 2
+
+    def inputs(cov: Array, mask: Array | None) -> _positions.Input:
+        """One for each batch entry and position along the other axes."""
+        cov = split(cov, batch_ndim)
+        if not k.diagonal_batch:
+            cov = jnp.moveaxis(jnp.diagonal(cov), -1, 0)
+        n = len(cov)
+        cov = jnp.moveaxis(jnp.diagonal(cov, axis1=1, axis2=2), -1, 1)
+        present = jnp.ones((n, n_rest, n_over), cov.dtype)
+        if mask is not None:
+            mask = jnp.moveaxis(mask, (k.batch_axis, k.channel_axis), (0, -1))[..., 0]
+            mask = jnp.broadcast_to(mask, (n, *sizes))
+            order_of_axes = [0, *(1 + i for i in (*rest, *over))]
+            present = 1.0 - mask.transpose(order_of_axes).reshape(present.shape)
+        return _positions.prepare(
+            cov.reshape(-1, n_over, n_over),
+            present.reshape(-1, n_over).astype(cov.dtype),
+            order=order,
+        )
+
+    def evaluate(
+        one: _positions.Input, two: _positions.Input, cov: Array, ntk: Array | None, batch_ndim: int
+    ) -> tuple[Array, Array | None]:
+        batch, given = cov.shape[:batch_ndim], split(cov, batch_ndim)
+        theta = None if ntk is None else split(jnp.broadcast_to(ntk, cov.shape), batch_ndim)
+        index = np.indices((*batch, n_rest, n_rest)).reshape(batch_ndim + 2, -1)
+        # The first and the last of the batch axes: one where the batch is diagonal.
+        first = index[0] * n_rest + index[-2]
+        second = index[batch_ndim - 1] * n_rest + index[-1]
+        results = _positions.second_moments(
+            one,
+            two,
+            first,
+            second,
+            given.reshape(-1, n_over, n_over),
+            None if theta is None else theta.reshape(-1, n_over, n_over),
+            order,
+            n_points,
+        )
+        moment, derivative = (None if x is None else join(x, batch) for x in results)
+        assert moment is not None
+        return moment, derivative
+
+    one = inputs(k.cov1, k.mask1)
+    cov1, _ = evaluate(one, one, k.cov1, None, batch_ndim)
+    two, cov2 = one, None
+    if k.cov2 is not None:
+        two = inputs(k.cov2, k.mask2)
+        cov2, _ = evaluate(two, two, k.cov2, None, batch_ndim)
+    nngp, ntk = evaluate(one, two, k.nngp, k.ntk, 2)
+    return k.replace(nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, is_gaussian=False)
 
 
 def _check_axis(axis: Any) -> None:

@@ -58,9 +58,14 @@ def test_chunks_add_up(monkeypatch):
 
 def test_memory_does_not_grow_with_the_samples():
     def temporary_bytes(n_chunks):
-        one = jnp.ones(1)
-        compiled = monte_carlo._class_moments.lower(
-            random.key(0), one, one, one, 10, 2, 1000, n_chunks, 0
+        compiled = monte_carlo._second_moment.lower(
+            random.key(0),
+            jnp.ones((3, 1)),
+            monte_carlo._draw_classes,
+            shape=(1, 10),
+            order=2,
+            n_samples=1000 * n_chunks,
+            at_once=1000 * 120,
         ).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

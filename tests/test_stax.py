@@ -386,7 +386,7 @@ def test_errors_of_construction(arguments, error, message):
 
 @pytest.mark.parametrize(
     ("axis", "error"),
-    [(0, ValueError), (-4, ValueError), (7, ValueError), (1, NotImplementedError)],
+    [(0, ValueError), (-4, ValueError), (7, ValueError), ((1, 3), NotImplementedError)],
 )
 def test_errors_of_axes(axis, error):
     *_, kernel_fn = convolutional(stax.TaylorSoftmax(axis=axis))

@@ -1,0 +1,360 @@
+"""Softmax over positions: a finite axis whose logits have any covariance.
+
+`(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` are the logits at the `S` positions of two inputs, in
+one channel. Wanted is the `(S, S)` matrix `E[y(u) y(v)^T]` of `y(z)_p = f(z_p) / sum_q f(z_q)`,
+and for the NTK its derivative in `K12` along the incoming NTK `Theta`, by Price's theorem
+`E[J(u) Theta J(v)^T]` with `J` the Jacobian of `y`.
+
+Order 2. With `1 / D = int exp(-t D) dt` for both normalisers, `lambda = (t, ..., t, s, ..., s)` and
+`Lambda = diag(lambda)`, the factor `exp(-t D_u - s D_v)` is Gaussian. Under it the logits have
+covariance `C = (Id + Sigma Lambda)^-1 Sigma` and mean `m = -C lambda`, and
+
+    log phi = -1^T lambda + lambda^T C lambda / 2 - log det(Id + Sigma Lambda) / 2,
+    E[y_p(u) y_q(v)] = int int phi (A_p A_q + C_pq (C_pq / 2 + (1 + m_p) (1 + m_q))) dt ds,
+    A_p = E_C[f_2(u_p)] = ((1 + m_p)^2 + C_pp + 1) / 2.
+
+Every term is finite at singular covariances, of which no inverse is taken.
+
+Other orders and softmax have no closed integrand. Mehler's formula in `S` dimensions,
+
+    E[y(u) y(v)^T] = sum_k (1/k!) < E[D^k y(u)], K12^(x)k, E[D^k y(v)] >,
+
+separates the inputs; degrees 0 to 2 are summed, from coefficients that are computed once an input,
+and the product of what is left of `y(u)` and `y(v)` is estimated pair by pair by quasi-Monte Carlo.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+import scipy.stats.qmc
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from taylor_softmax import _quadrature, _surrogate
+from taylor_softmax._arguments import check_integer
+from taylor_softmax._pair import matmul
+
+# Nodes of the outer rule in each of t and s, order 2.
+_OUTER_NODES = 24
+
+# Points, beside their negatives, for the coefficients of one input.
+_COMPONENT_POINTS = 1 << 12
+
+# Points per pair for the residual.
+DEFAULT_POINTS = 1024
+
+# Numbers in the largest array of a step: they bound the memory, at any number of pairs.
+_CHUNK = 1 << 21
+
+
+class Components(NamedTuple):
+    """Hermite components of `y` for the logits of one input, up to degree 2.
+
+    Attributes:
+      mean: `E[y]`, `(S,)`.
+      slope: `E[D y]`, `(S, S)`.
+      curvature: `E[D^2 y]`, `(S, S, S)`.
+    """
+
+    mean: Array
+    slope: Array
+    curvature: Array
+
+
+class Input(NamedTuple):
+    """What a pair needs of one of its inputs.
+
+    Attributes:
+      covariance: of the logits, `(S, S)`.
+      present: 1 where there is a position, 0 where it is padding, `(S,)`.
+      components: None at order 2.
+    """
+
+    covariance: Array
+    present: Array
+    components: Components | None
+
+
+def joint_second_moment(
+    cov11: ArrayLike,
+    cov12: ArrayLike,
+    cov22: ArrayLike,
+    *,
+    order: int | None,
+    n_points: int = DEFAULT_POINTS,
+) -> Array:
+    """`E[y(u) y(v)^T]` of a softmax over jointly Gaussian logits with any covariance.
+
+    For `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` and `y(z)_p = f(z_p) / sum_q f(z_q)` over `S`
+    positions. At order 2 the integrand of the remaining double integral is elementary. For other
+    orders and softmax the components of degree 0 to 2 of Mehler's formula are exact to the error of
+    their coefficients, and the rest is estimated with `n_points` quasi-random points, the same at
+    every call: see the module `taylor_softmax._positions`. Covariances may be singular.
+    Differentiable in all three.
+
+    Args:
+      cov11: `K11`, `(..., S, S)`, symmetric and positive semi-definite.
+      cov12: `K12`, `(..., S, S)`.
+      cov22: `K22`, `(..., S, S)`.
+      order: even order of the Taylor polynomial `f`, or None for softmax itself.
+      n_points: per pair, orders other than 2; 0 is the series to degree 2 alone.
+
+    Returns:
+      `(..., S, S)`; dimensionless, the entries of each matrix sum to 1.
+
+    Raises:
+      TypeError, ValueError: `order` or `n_points` is not one of the above; a covariance is not of
+        shape `(..., S, S)` with the same `S` as the others.
+    """
+    order = _surrogate.check_order(order)
+    n_points = check_integer("n_points", n_points, least=0)
+    covs = broadcast_covariances(cov11, cov12, cov22)
+    batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
+    flat = tuple(cov.reshape(-1, size, size) for cov in covs)
+    present = jnp.ones(flat[0].shape[:2], flat[0].dtype)
+    one, two = (prepare(cov, present, order=order) for cov in (flat[0], flat[2]))
+    index = np.arange(len(flat[0]))
+    moment, _ = second_moments(one, two, index, index, flat[1], None, order, n_points)
+    return moment.reshape(*batch, size, size)
+
+
+def broadcast_covariances(
+    cov11: ArrayLike, cov12: ArrayLike, cov22: ArrayLike
+) -> tuple[Array, Array, Array]:
+    """The three covariances with a common shape and dtype, or what is wrong with them."""
+    arrays = {"cov11": cov11, "cov12": cov12, "cov22": cov22}
+    covs = {name: jnp.asarray(cov) for name, cov in arrays.items()}
+    sizes = {cov.shape[-2:] for cov in covs.values()}
+    if len(sizes) != 1 or len(size := sizes.pop()) != 2 or size[0] != size[1] or size[0] < 1:
+        given = ", ".join(f"`{name}` {cov.shape}" for name, cov in covs.items())
+        raise ValueError(
+            f"Covariances must have shape (..., S, S) with the same S, got {given}. For inputs of "
+            f"different sizes mark the missing positions with `mask_constant` in the layer."
+        )
+    dtype = jnp.result_type(float, *covs.values())
+    first, second, third = jnp.broadcast_arrays(*(cov.astype(dtype) for cov in covs.values()))
+    return first, second, third
+
+
+def prepare(covariance: Array, present: Array, *, order: int | None) -> Input:
+    """The `Input` of inputs with covariances `(n, S, S)` and positions `present`, `(n, S)`."""
+    covariance = _project(covariance, present, present, order)
+    if order == 2:
+        return Input(covariance, present, None)
+    size = present.shape[-1]
+    # Largest arrays: points with their negatives, times positions squared.
+    step = max(1, _CHUNK // (2 * _COMPONENT_POINTS * size**2))
+    compute = functools.partial(_components, order=order)
+    args = covariance, present
+    components = lax.map(jax.checkpoint(lambda args: compute(*args)), args, batch_size=step)
+    return Input(covariance, present, components)
+
+
+def second_moments(
+    one: Input,
+    two: Input,
+    first: np.ndarray,
+    second: np.ndarray,
+    cov12: Array,
+    theta: Array | None,
+    order: int | None,
+    n_points: int,
+) -> tuple[Array, Array | None]:
+    """`E[y(u) y(v)^T]` and, unless `theta` is None, its derivative in `K12` along `theta`.
+
+    Args:
+      one, two: inputs, leading axes `n1` and `n2`.
+      first, second: `(pairs,)`, the indices in `one` and `two` of each pair.
+      cov12, theta: `(pairs, S, S)`.
+
+    Returns:
+      Each `(pairs, S, S)`.
+    """
+    size = cov12.shape[-1]
+    # Order 2 solves systems of 2S equations at every node; the others keep S^2 numbers a point.
+    per_pair = (2 * size * _OUTER_NODES) ** 2 if order == 2 else max(n_points, size) * size**2
+    step = max(1, _CHUNK // per_pair)
+
+    def pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array | None]:
+        i, j, cov12, theta = args
+        left, right = (jax.tree.map(lambda x, i=i: x[i], of) for of, i in ((one, i), (two, j)))
+        cov12 = _project(cov12, left.present, right.present, order)
+        if order != 2:
+            if theta is not None:
+                theta = _project(theta, left.present, right.present, order)
+            return _series_and_residual(left, right, cov12, theta, order, n_points)
+        evaluate = functools.partial(_order_2, left, right)
+        if theta is None:
+            return evaluate(cov12), None
+        return jax.jvp(evaluate, (cov12,), (theta,))
+
+    args = jnp.asarray(first), jnp.asarray(second), cov12, theta
+    return lax.map(jax.checkpoint(pair), args, batch_size=step)
+
+
+def _project(cov: Array, first: Array, second: Array, order: int | None) -> Array:
+    """`cov` of the positions that are present; for softmax, of their differences from the mean.
+
+    Softmax does not see a shift common to all positions, while a sample of it would be noise.
+    """
+    cov = cov * first[..., :, None] * second[..., None, :]
+    if order is None:
+
+        def centre(cov: Array, present: Array) -> Array:
+            """Takes the mean over the positions that are present off the rows."""
+            count = jnp.maximum(jnp.sum(present, -1), 1)[..., None, None]
+            mean = jnp.sum(cov, -2, keepdims=True) / count
+            return cov - mean * present[..., :, None]
+
+        cov = centre(cov, first)
+        cov = jnp.swapaxes(centre(jnp.swapaxes(cov, -1, -2), second), -1, -2)
+    return cov
+
+
+def _order_2(one: Input, two: Input, cov12: Array) -> Array:
+    size = cov12.shape[-1]
+    sigma = jnp.block([[one.covariance, cov12], [cov12.T, two.covariance]])
+    tau, weight = (jnp.asarray(x, sigma.dtype) for x in _quadrature.half_line_rule(_OUTER_NODES))
+
+    def scale(of: Input) -> Array:
+        """`1 / E[D]`: there `t` is where the weight of the integrand is."""
+        mean = jnp.sum(of.present * (1 + jnp.diagonal(of.covariance) / 2))
+        return lax.stop_gradient(1 / jnp.maximum(mean, 0.5))
+
+    def integrand(t: Array, s: Array) -> Array:
+        # One factor exp(-rate f_2(z_k)) after the other, as a Kalman filter takes observations in:
+        # 1 + z_k = 0 with precision `rate`. No system is solved and no logarithm of a determinant
+        # cancels; a batch of matrices of a few rows compiles and runs faster so.
+        rate = jnp.concatenate([t * one.present, s * two.present])
+
+        def observe(
+            state: tuple[Array, Array, Array], k: Array
+        ) -> tuple[tuple[Array, Array, Array], None]:
+            cov, moved, log_phi = state
+            column, known = cov[:, k], 1 + rate[k] * cov[k, k]
+            gain = rate[k] / known
+            log_phi = log_phi - (jnp.log(known) + gain * moved[k] ** 2 + rate[k]) / 2
+            moved = moved - gain * moved[k] * column
+            return (cov - gain * column[:, None] * column, moved, log_phi), None
+
+        # `moved` is 1 + the mean.
+        start = (sigma, jnp.ones_like(rate), jnp.zeros_like(t))
+        (tilted, moved, log_phi), _ = lax.scan(observe, start, jnp.arange(2 * size))
+        alone = (moved**2 + jnp.diagonal(tilted) + 1) / 2
+        cross = tilted[:size, size:]
+        both = cross / 2 + moved[:size, None] * moved[size:]
+        return jnp.exp(log_phi) * (alone[:size, None] * alone[size:] + cross * both)
+
+    first, second = scale(one), scale(two)
+    # f_2 >= 1/2: beyond this exp(-t D) is 0 and powers of t would overflow.
+    largest = -float(np.log(jnp.finfo(sigma.dtype).tiny))
+
+    def nodes(of: Input, scale: Array) -> tuple[Array, Array]:
+        t = tau * scale
+        alive = t * jnp.sum(of.present) / 2 < largest
+        return jnp.where(alive, t, 0), jnp.where(alive, weight * scale, 0)
+
+    (t, t_weight), (s, s_weight) = nodes(one, first), nodes(two, second)
+    values = jax.vmap(jax.vmap(integrand, (None, 0)), (0, None))(t, s)
+    moment = jnp.einsum("t,s,tspq->pq", t_weight, s_weight, values)
+    return moment * one.present[:, None] * two.present
+
+
+def _components(covariance: Array, present: Array, *, order: int | None) -> Components:
+    half = _sample(covariance, _COMPONENT_POINTS)
+    value, slope, curvature = _surrogate.ratios(
+        jnp.concatenate([half, -half]), present, order=order
+    )
+    n = len(value)
+
+    def mean(left: Array, right: Array) -> Array:
+        return matmul(left.T, right) / n
+
+    # With p, q, r = f, f', f'' over the normaliser:
+    # D_j y_i = [i=j] q_i - p_i q_j, and once more D_k.
+    size = covariance.shape[-1]
+    each = jnp.arange(size)
+    products = (slope[:, :, None] * slope[:, None, :]).reshape(n, -1)
+    second = 2 * mean(value, products).reshape(size, size, size)
+    slopes = mean(slope, slope)
+    second = second.at[each, each, :].add(-slopes).at[each, :, each].add(-slopes)
+    second = second.at[:, each, each].add(-mean(value, curvature))
+    second = second.at[each, each, each].add(jnp.mean(curvature, 0))
+    return Components(jnp.mean(value, 0), jnp.diag(jnp.mean(slope, 0)) - mean(value, slope), second)
+
+
+def _series_and_residual(
+    one: Input,
+    two: Input,
+    cov12: Array,
+    theta: Array | None,
+    order: int | None,
+    n_points: int,
+) -> tuple[Array, Array | None]:
+    left, right = one.components, two.components
+    assert left is not None
+    assert right is not None
+    contract = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+    def degree_2(a: Array, b: Array) -> Array:
+        moved = contract("ijk,jl,km->ilm", left.curvature, a, b)
+        return contract("ilm,nlm->in", moved, right.curvature)
+
+    moment = left.mean[:, None] * right.mean + degree_2(cov12, cov12) / 2
+    moment = moment + matmul(matmul(left.slope, cov12), right.slope.T)
+    derivative = None
+    if theta is not None:
+        derivative = matmul(matmul(left.slope, theta), right.slope.T) + degree_2(cov12, theta)
+    if n_points == 0:
+        return moment, derivative
+
+    size = cov12.shape[-1]
+    sigma = jnp.block([[one.covariance, cov12], [cov12.T, two.covariance]])
+    z = _sample(sigma, n_points)
+    (res_u, jac_u), (res_v, jac_v) = (
+        _residual(z, of, order) for z, of in ((z[:, :size], one), (z[:, size:], two))
+    )
+    moment = moment + matmul(res_u.T, res_v) / n_points
+    if theta is not None and derivative is not None:
+        moved = matmul(jac_u, theta)
+        derivative = derivative + contract("pik,pjk->ij", moved, jac_v) / n_points
+    return moment, derivative
+
+
+def _residual(z: Array, of: Input, order: int | None) -> tuple[Array, Array]:
+    """`y(z)` less its components up to degree 2, `(n, S)`, and its Jacobian, `(n, S, S)`."""
+    assert of.components is not None
+    mean, slope, curvature = of.components
+    value, rate, _ = _surrogate.ratios(z, of.present, order=order)
+    size = z.shape[-1]
+    bend = matmul(z, curvature.reshape(-1, size).T).reshape(-1, size, size)
+    trace = jnp.sum(curvature * of.covariance, (1, 2))
+    residual = value - mean - matmul(z, slope.T)
+    residual = residual - (jnp.sum(bend * z[:, None, :], -1) - trace) / 2
+    jacobian = rate[:, :, None] * jnp.eye(size, dtype=z.dtype) - value[:, :, None] * rate[:, None]
+    return residual, jacobian - slope - bend
+
+
+def _sample(covariance: Array, n_points: int) -> Array:
+    """Quasi-random points of `N(0, covariance)`, `(n_points, S)`."""
+    # What is added makes singular covariances, and their derivatives, harmless; 1e-8 of a variance
+    # is far below the error of sampling.
+    eps = float(jnp.finfo(covariance.dtype).eps)
+    size = covariance.shape[-1]
+    ridge = max(1e-8, 64 * eps) * jnp.trace(covariance) / size + eps
+    root = jnp.linalg.cholesky(covariance + ridge * jnp.eye(size, dtype=covariance.dtype))
+    return matmul(jnp.asarray(_normal_points(n_points, size), covariance.dtype), root.T)
+
+
+@functools.cache
+def _normal_points(n_points: int, dimension: int) -> np.ndarray:
+    """Scrambled Sobol points, mapped to the standard normal distribution; always the same."""
+    sampler = scipy.stats.qmc.Sobol(dimension, scramble=True, seed=0)  # pyright: ignore[reportCallIssue]
+    # A power of two is what balances the points.
+    uniform = sampler.random_base2(max(0, (n_points - 1).bit_length()))[:n_points]
+    # Scrambling can give 0 exactly.
+    return scipy.special.ndtri(np.clip(uniform, 1e-12, 1 - 1e-12))
