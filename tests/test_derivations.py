@@ -23,8 +23,9 @@ import sympy as sp
 from numpy.polynomial import hermite_e
 
 from derivations import __main__ as command
-from derivations import class_axis, emit, infinite_width, taylor
+from derivations import class_axis, emit, infinite_width, posterior, taylor
 from taylor_softmax._generated.class_axis import class_axis_order_2
+from taylor_softmax._generated.posterior import posterior_order_2
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DIGITS = 60
@@ -140,7 +141,8 @@ def test_what_is_not_python_is_left_alone(target, capsys):
 
 
 def test_generated_files_say_where_they_come_from(rendered):
-    assert set(rendered) == {"__init__.py", "class_axis.py", "infinite_width.py"}
+    modules = {"class_axis.py", "infinite_width.py", "posterior.py"}
+    assert set(rendered) == {"__init__.py"} | modules
     for name, text in rendered.items():
         first = text.splitlines()[0]
         assert "`python -m derivations`" in first
@@ -382,6 +384,88 @@ def test_class_axis_order_2_is_symmetric_and_differentiable_at_the_edges():
     leaves = jax.tree.leaves(jax.jit(jax.vmap(gradient))(*arguments))
     assert len(leaves) == 20
     assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+# Order 2, one logit of a posterior
+
+
+def log_transform(t, mean, variance):
+    """`log E[exp(-t f(z))]`, `f(z) = ((1 + z)^2 + 1) / 2`, `z ~ N(mean, variance)`."""
+    scale = 1 + t * variance
+    return -t / 2 - t * (1 + mean) ** 2 / (2 * scale) - mpmath.log(scale) / 2
+
+
+# Mean, variance and t.
+LOGITS = (
+    (0.0, 1.0, 0.7),
+    (-1.0, 2.0, 3.0),
+    (1.5, 0.3, 1e-6),
+    (-40.0, 1e-8, 12.0),
+    (1e3, 1e3, 1e-3),
+    (-1e3, 0.0, 1e-5),
+    (3.0, 50.0, 1e4),
+    (2.0, 4.0, 0.0),
+)
+
+
+def posterior_errors(logit, mean_shift=0.0, dtype: Any = np.float64) -> list[float]:
+    """Of `log phi` and its two derivatives, up to sign, in eps of their size."""
+    mean, variance, t = (float(dtype(x)) for x in logit)
+    arguments = (jnp.asarray(x, dtype) for x in (mean + mean_shift, variance, t))
+    got = posterior_order_2(*arguments)
+    with mpmath.workdps(DIGITS):
+        values = [mpmath.mpf(x) for x in (t, mean, variance)]
+
+        def function(t):
+            return log_transform(t, *values[1:])
+
+        exact = (
+            function(values[0]),
+            -mpmath.diff(function, values[0]),
+            mpmath.diff(function, values[0], 2),
+        )
+        sizes = [max(abs(x), mpmath.mpf(10) ** -300) for x in exact]
+        eps = float(np.finfo(dtype).eps)
+        return [
+            float(abs(mpmath.mpf(float(g)) - x) / size / eps)
+            for g, x, size in zip(got, exact, sizes, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("logit", LOGITS)
+def test_posterior_order_2(logit, dtype):
+    """To a few roundings wherever: no term has another sign than the rest."""
+    assert max(posterior_errors(logit, dtype=dtype)) <= 8
+
+
+def test_a_perturbed_mean_is_noticed():
+    """Negative control: every output depends on the mean."""
+    assert min(posterior_errors((0.5, 1.0, 0.7), mean_shift=1e-13)) > 8
+
+
+@pytest.mark.parametrize("logit", [(0.5, 1.0, 0.7), (-2.0, 3.0, 0.1)])
+def test_log_transform_of_a_logit_is_the_gaussian_integral(logit):
+    mean, variance, t = logit
+    x, weight = hermite_e.hermegauss(100)
+    z = mean + np.sqrt(variance) * x
+    want = np.log(np.sum(weight / weight.sum() * np.exp(-t * (1 + z + z**2 / 2))))
+    assert float(log_transform(t, mean, variance)) == pytest.approx(want, rel=1e-12)
+    rational, determinant = posterior.log_transform()
+    numbers = {posterior.MEAN: mean, posterior.VARIANCE: variance, posterior.T: t}
+    derived = (rational - sp.log(determinant) / 2).subs(numbers)
+    assert float(derived) == pytest.approx(want, rel=1e-12)
+
+
+def test_positive_terms():
+    """Changes nothing, and refuses what could cancel."""
+    inverse = sp.Symbol("inverse")
+    scale = 1 + posterior.T * posterior.VARIANCE
+    expression = (1 + posterior.MEAN) ** 2 / scale**2 + posterior.VARIANCE / (2 * scale)
+    got = posterior.positive_terms(inverse, sp.expand(expression))
+    assert sp.simplify(got.subs(inverse, 1 / scale) - expression) == 0
+    with pytest.raises(ArithmeticError, match="negative coefficient"):
+        posterior.positive_terms(inverse, posterior.MEAN / scale)
 
 
 # The steps of the derivations

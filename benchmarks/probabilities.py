@@ -1,0 +1,218 @@
+"""Errors and times of class probabilities under Gaussian logits, beside what is used elsewhere.
+
+Run `python -m benchmarks.probabilities` on an otherwise idle machine; `--quick` tries it out.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks.speed import environment, progress, table
+from taylor_softmax.predict import class_probabilities, class_probability_covariance
+
+N_SAMPLES = 100
+CLASSES = (2, 3, 10, 100)
+VARIANCES = (0.1, 1.0, 4.0, 10.0, 100.0)
+N_POINTS = 40  # of each number of classes and variance
+
+Method = Callable[[Array, Array], Array]
+
+
+def exact(mean: Array, variance: Array) -> Array:
+    return class_probabilities(mean, variance)
+
+
+def probit(mean: Array, variance: Array) -> Array:
+    """MacKay 1992, eq. 26, by class: laplace-torch's `probit`, mean-field-0 of Lu, Ie & Sha."""
+    return jax.nn.softmax(mean / jnp.sqrt(1 + jnp.pi / 8 * variance))
+
+
+def mean_field(mean: Array, variance: Array) -> Array:
+    """Mean-field-1 of Lu, Ie & Sha (arXiv 2006.07584), as laplax has it: need not sum to 1.
+
+    Mean-field-2 takes covariances of the logits into account, and is the same without any.
+    """
+    difference = mean[..., :, None] - mean[..., None, :]
+    variances = variance[..., :, None] + variance[..., None, :]
+    return 1 / jnp.sum(jnp.exp(-difference / jnp.sqrt(1 + jnp.pi / 8 * variances)), axis=-1)
+
+
+def laplace_bridge(mean: Array, variance: Array, *, corrected: bool = False) -> Array:
+    """Hobbhahn, Kristiadi & Hennig (arXiv 2003.01227), eqs. 5 to 7, as in laplace-torch.
+
+    The logits are first conditioned on summing to 0. `corrected` scales them as laplace-torch's
+    `bridge_norm` does.
+    """
+    n = mean.shape[-1]
+    total = jnp.sum(variance, axis=-1, keepdims=True)
+    mean = mean - variance * jnp.sum(mean, axis=-1, keepdims=True) / total
+    variance = variance - variance**2 / total
+    if corrected:
+        scale = jnp.mean(variance, axis=-1, keepdims=True) / np.sqrt(n / 2)
+        mean, variance = mean / jnp.sqrt(scale), variance / scale
+    product = jnp.exp(mean) * jnp.sum(jnp.exp(-mean), axis=-1, keepdims=True)
+    alpha = (1 - 2 / n + product / n**2) / variance
+    # As laplace-torch does where exponentials overflow.
+    return jnp.nan_to_num(alpha / jnp.sum(alpha, axis=-1, keepdims=True), nan=1.0)
+
+
+def corrected_bridge(mean: Array, variance: Array) -> Array:
+    return laplace_bridge(mean, variance, corrected=True)
+
+
+def monte_carlo(mean: Array, variance: Array) -> Array:
+    """The mean of 100 samples; one after the other, which is faster than all at once."""
+    root, key = jnp.sqrt(variance), jax.random.key(0)
+
+    def add(i: Any, total: Array) -> Array:
+        noise = jax.random.normal(jax.random.fold_in(key, i), mean.shape, mean.dtype)
+        return total + jax.nn.softmax(mean + root * noise)
+
+    return jax.lax.fori_loop(0, N_SAMPLES, add, jnp.zeros_like(mean)) / N_SAMPLES
+
+
+METHODS: dict[str, Method] = {
+    "class_probabilities": exact,
+    "probit (mean-field-0)": probit,
+    "mean-field-1 (and 2)": mean_field,
+    "Laplace bridge": laplace_bridge,
+    "Laplace bridge, corrected": corrected_bridge,
+    f"Monte Carlo, {N_SAMPLES} samples": monte_carlo,
+}
+
+
+def brute_force(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """`E[softmax(z)]` for one point, `(C,)`: fine trapezoidal rules in `log t` and the logits."""
+    sigma = np.sqrt(variance)
+    x = np.linspace(-8, 8, max(100, int(16 * sigma.max() / 0.15)))
+    weight = np.exp(-(x**2) / 2) / np.sum(np.exp(-(x**2) / 2))
+    z = mean[:, None] + sigma[:, None] * x
+    total = np.zeros_like(mean)
+    nodes = np.arange(-z.max() - 37, np.log(40) - z.min(1).max(), 0.15)
+    for s in np.array_split(nodes, -(-nodes.size * z.size // 2_000_000)):
+        value = np.exp(np.minimum(s[:, None, None] + z, 6.5))
+        tilt = np.exp(-value) * weight
+        phi = np.maximum(tilt.sum(-1), 1e-300)
+        total += np.exp(np.log(phi).sum(1)) @ ((value * tilt).sum(-1) / phi) * 0.15
+    return total
+
+
+def points(n_points: int, n_classes: int, variance: float, rng: Any) -> tuple[Any, Any]:
+    """Means of scale 0 to 5 and variances of up to `variance`, equal within every second point."""
+    mean = rng.normal(size=(n_points, n_classes)) * rng.uniform(0, 5, (n_points, 1))
+    factors = 10 ** rng.uniform(-2, 0, (n_points, n_classes))
+    factors[::2] = 1
+    # Representable in float32, which otherwise would be given another problem.
+    return mean.astype(np.float32), (variance * factors).astype(np.float32)
+
+
+def error_table(n_points: int, dtype: Any) -> str:
+    rng = np.random.default_rng(0)
+    problems: dict[float, list[Any]] = {variance: [] for variance in VARIANCES}
+    for variance in VARIANCES:
+        for n_classes in CLASSES:
+            progress(f"brute force: {n_classes} classes, variance {variance:g}")
+            mean, v = points(max(2, n_points * 3 // (2 + n_classes)), n_classes, variance, rng)
+            want = [brute_force(*map(np.float64, point)) for point in zip(mean, v, strict=True)]
+            problems[variance].append((mean, v, np.stack(want)))
+    rows = []
+    for name, method in METHODS.items():
+        method = jax.jit(method)
+        row = []
+        for variance in VARIANCES:
+            errors = [
+                np.abs(
+                    np.asarray(method(jnp.asarray(m, dtype), jnp.asarray(v, dtype))) - want
+                ).max()
+                for m, v, want in problems[variance]
+            ]
+            row.append(f"{max(errors):.0e}")
+        rows.append([name, *row])
+    return table(["largest error", *(f"variance {v:g}" for v in VARIANCES)], rows)
+
+
+def time_table(n_points: int, n_classes: int, repetitions: int, dtype: Any) -> str:
+    rng = np.random.default_rng(1)
+    mean = jnp.asarray(rng.normal(size=(n_points, n_classes)) * 3, dtype)
+    methods = {
+        "class_probabilities": exact,
+        "class_probabilities, order=2": lambda m, v: class_probabilities(m, v, order=2),
+        "class_probability_covariance": class_probability_covariance,
+        f"Monte Carlo, {N_SAMPLES} samples": monte_carlo,
+        "probit": probit,
+    }
+    # Of one variance per point, as posteriors have: spread over a decade up to these.
+    ranges = (1.0, 10.0, 100.0)
+    spread = 10 ** rng.uniform(-1, 0, (n_points, 1))
+    variances = {
+        top: jnp.broadcast_to(jnp.asarray(top * spread, dtype), mean.shape) for top in ranges
+    }
+    compiled, rows = {}, {}
+    for name, method in methods.items():
+        progress(f"{np.dtype(dtype).name}: compiling {name}")
+        start = time.perf_counter()
+        compiled[name] = jax.jit(method).lower(mean, variances[1.0]).compile()
+        rows[name] = [f"{time.perf_counter() - start:.1f}"]
+    for top, variance in variances.items():
+        times: dict[str, list[float]] = {name: [] for name in methods}
+        # The first round warms up. Rounds are interleaved: drift of the machine hits all alike.
+        for _ in range(repetitions + 1):
+            for name, function in compiled.items():
+                start = time.perf_counter()
+                jax.block_until_ready(function(mean, variance))
+                times[name].append(time.perf_counter() - start)
+        progress(f"{np.dtype(dtype).name}: variances of up to {top:g}")
+        for name, seconds in times.items():
+            rows[name].append(f"{statistics.median(seconds[1:]) * 1e3:.0f}")
+    header = ["", "compile (s)", *(f"variances to {top:g} (ms)" for top in ranges)]
+    return table(header, [[name, *row] for name, row in rows.items()])
+
+
+EXPLANATION = """\
+`E[softmax(z)]` for independent Gaussian logits. Errors are absolute, the largest over random points
+of 2, 3, 10 and 100 classes with means of scale 0 to 5; in half of the points the variances differ
+by up to a factor 100 between classes, of which the largest is the column's. Reference: trapezoidal
+rules in `log t` and in the logits, fine enough to be exact to rounding. The approximations are
+written from their sources, which `benchmarks/probabilities.py` names.
+
+Times are medians of {repetitions} interleaved runs of {n} points of {classes} classes under `jit`,
+one variance per point, spread over a decade up to the column's. Monte Carlo gives the probabilities
+only."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.probabilities", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer points, to try it out")
+    parser.add_argument("--output", type=Path, default=Path("docs/probabilities.md"))
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    n, repetitions, n_errors = (1000, 3, 4) if arguments.quick else (10_000, 9, N_POINTS)
+    classes = 10
+    given = environment(sys.argv[1:]).replace("benchmarks.speed", "benchmarks.probabilities")
+    explanation = EXPLANATION.format(n=f"{n:,}", repetitions=repetitions, classes=classes)
+    parts = ["# Class probabilities", given, explanation]
+    for x64, dtype in ((True, jnp.float64), (False, jnp.float32)):
+        jax.config.update("jax_enable_x64", x64)
+        parts += [f"## {np.dtype(dtype).name}", error_table(n_errors, dtype)]
+        parts += [time_table(n, classes, repetitions, dtype)]
+    report = "\n\n".join(parts) + "\n"
+    print(report, end="")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(report)
+    progress(f"saved {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

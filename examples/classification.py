@@ -1,0 +1,187 @@
+"""Class probabilities of handwritten digits from infinite networks, and what approximations cost.
+
+Turns the Gaussian posteriors of an infinitely wide network (NNGP and NTK) into class probabilities,
+compares the exact expectation with what is used in its place, trains finite networks on their
+empirical kernels, and draws a reliability diagram beside this file:
+`python examples/classification.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jax import Array
+from sklearn.datasets import load_digits
+
+from taylor_softmax import class_kernel, losses, stax  # before neural_tangents: mends it
+from taylor_softmax.predict import class_posterior
+
+import neural_tangents as nt  # isort: skip
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+jax.config.update("jax_enable_x64", True)
+
+N_CLASSES = 10
+N_TRAIN, N_TEST = 300, 1000
+N_SMALL = 60  # training images of the finite networks
+N_SAMPLES = 100
+TIME = 20.0  # of training the finite networks
+# Regression targets are the logits of a distribution that gives the label this probability. It sets
+# how confident predictions are on average, by whichever method; 0.99 leaves them underconfident.
+CONFIDENCE = 0.9999
+
+
+def body(width: int, variance: float) -> Any:
+    """The network up to the logits, of about that variance over initialisations."""
+    hidden = [layer for _ in range(2) for layer in (stax.Dense(width, 2**0.5, 0.1), stax.Relu())]
+    return stax.serial(*hidden, stax.Dense(N_CLASSES, W_std=variance**0.5))
+
+
+def load() -> tuple[Array, np.ndarray, Array, np.ndarray]:
+    """Training images and labels, then those of the test; pixels centred, of mean square 1."""
+    images, labels = load_digits(return_X_y=True)
+    chosen = np.random.default_rng(0).permutation(len(labels))[: N_TRAIN + N_TEST]
+    images, labels = images[chosen], labels[chosen]
+    images = images - images[:N_TRAIN].mean(0)
+    x = jnp.asarray(images / np.sqrt((images[:N_TRAIN] ** 2).mean()))
+    return x[:N_TRAIN], labels[:N_TRAIN], x[N_TRAIN:], labels[N_TRAIN:]
+
+
+def posteriors(x_train: Array, labels: np.ndarray, x_test: Array) -> dict[str, Any]:
+    """`Gaussian(mean, covariance)` of the logits at the test images, by kind of inference."""
+    wrong = (1 - CONFIDENCE) / (N_CLASSES - 1)
+    targets = np.log(CONFIDENCE / wrong) * (jnp.eye(N_CLASSES)[labels] - 1 / N_CLASSES)
+    predict_fn = nt.predict.gradient_descent_mse_ensemble(
+        body(512, 10.0)[2], x_train, targets, diag_reg=1e-3
+    )
+    results: Any = predict_fn(x_test=x_test, get=("nngp", "ntk"), compute_cov=True)
+    return results._asdict()
+
+
+def probabilities(gaussian: Any) -> dict[str, np.ndarray]:
+    """Class probabilities `(N_TEST, N_CLASSES)`, exact and as they are approximated."""
+    mean, variance = gaussian.mean, jnp.diagonal(gaussian.covariance)[:, None]
+    noise = jax.random.normal(jax.random.key(0), (N_SAMPLES, *mean.shape))
+    samples = jax.nn.softmax(mean + jnp.sqrt(variance) * noise)
+    results = {
+        "exact": class_posterior(gaussian).probabilities,
+        "softmax of the mean": jax.nn.softmax(mean),
+        "probit": jax.nn.softmax(mean / jnp.sqrt(1 + jnp.pi / 8 * variance)),
+        f"{N_SAMPLES} samples": samples.mean(0),
+    }
+    return {name: np.asarray(p) for name, p in results.items()}
+
+
+def reliability(p: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> np.ndarray:
+    """Mean confidence, accuracy and share of images in bins of confidence, `(bins, 3)`."""
+    confidence, correct = p.max(1), p.argmax(1) == labels
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    chosen = [bins == i for i in range(n_bins)]
+    return np.array(
+        [(confidence[c].mean(), correct[c].mean(), c.mean()) for c in chosen if c.any()]
+    )
+
+
+def scores(p: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
+    """Accuracy, negative log-likelihood in nats, expected calibration error."""
+    confidence, accuracy, share = reliability(p, labels).T
+    likelihood = p[np.arange(len(labels)), labels]
+    error = float(share @ np.abs(confidence - accuracy))
+    return float(np.mean(p.argmax(1) == labels)), float(-np.log(likelihood).mean()), error
+
+
+def print_scores(results: dict[str, dict[str, np.ndarray]], labels: np.ndarray) -> None:
+    print(f"{'':27}{'accuracy':>10}{'NLL':>9}{'ECE':>9}{'largest error':>16}")
+    for kind, methods in results.items():
+        for name, p in methods.items():
+            accuracy, likelihood, calibration = scores(p, labels)
+            error = np.max(np.abs(p - methods["exact"]))
+            line = f"{kind.upper():>5}  {name:<20}{accuracy:>10.1%}{likelihood:>9.4f}"
+            print(f"{line}{calibration:>9.4f}" + (f"{error:>16.1e}" if error else ""))
+
+
+def draw(path: Path, results: dict[str, dict[str, np.ndarray]], labels: np.ndarray) -> None:
+    """Reliability diagrams: on the diagonal, the share of right answers is as announced."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
+    for panel, (kind, methods) in zip(axes, results.items(), strict=True):
+        panel.plot([0, 1], [0, 1], color="black", lw=0.8)
+        for (name, p), style in zip(methods.items(), ("o-", "s-", "^--", "x:"), strict=True):
+            confidence, accuracy, _ = reliability(p, labels).T
+            label = f"{name} (ECE {scores(p, labels)[2]:.3f})"
+            panel.plot(confidence, accuracy, style, ms=5, lw=1, label=label)
+        panel.legend(frameon=False, loc="upper left")
+        panel.set(title=f"{kind.upper()} posterior", xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+    axes[0].set(ylabel="share of right answers")
+    figure.savefig(path, dpi=120)
+
+
+def train_finite(
+    x_train: Array, labels: np.ndarray, x_test: Array, test_labels: np.ndarray
+) -> None:
+    """Gradient descent on the cross-entropy with the empirical kernel, all classes with all."""
+    x, y = x_train[:N_SMALL], jnp.eye(N_CLASSES)[labels[:N_SMALL]]
+    x_test, test_labels = x_test[:N_SMALL], test_labels[:N_SMALL]
+    print(
+        f"\nFinite networks, width 128, {N_SMALL} images, linearised: training loss, test accuracy"
+    )
+    for name, last, loss in (
+        ("logits", (), losses.cross_entropy()),
+        ("Softmax", (stax.Softmax(),), losses.cross_entropy(probabilities=True)),
+        ("TaylorSoftmax(2)", (stax.TaylorSoftmax(2),), losses.cross_entropy(probabilities=True)),
+    ):
+        init_fn, apply_fn, _ = stax.serial(body(128, 1.0), *last)
+        _, params = init_fn(jax.random.key(1), x.shape)
+        ntk_fn: Any = nt.empirical_ntk_fn(apply_fn, trace_axes=(), vmap_axes=0)
+        predict_fn = nt.predict.gradient_descent(loss, ntk_fn(x, None, params), y, trace_axes=())
+        start: Any = apply_fn(params, x), apply_fn(params, x_test)
+        trained: Any = predict_fn(TIME, start[0], start[1], ntk_fn(x_test, x, params))
+        train, test = trained
+        accuracy = np.mean(np.asarray(test).argmax(1) == test_labels)
+        print(f"{name:>18}: {loss(start[0], y):7.4f} -> {loss(train, y):7.4f}, {accuracy:.0%}")
+
+
+def sample_kernels(x: Array) -> None:
+    """The class-by-class kernels of random networks average to the analytic ones."""
+    init_fn, apply_fn, kernel_fn = stax.serial(body(256, 4.0), stax.Softmax())
+    x1, x2 = x[:1], x[1:3]
+    axes: Any = {"trace_axes": (), "vmap_axes": 0}
+    sampled: Any = nt.monte_carlo_kernel_fn(
+        init_fn, apply_fn, jax.random.key(2), N_SAMPLES, **axes
+    )(x1, x2, ("nngp", "ntk"))
+    analytic: Any = kernel_fn(x1, x2)
+    both, different = (class_kernel(analytic), sampled), ~np.eye(N_CLASSES, dtype=bool)
+    print(f"\nKernels of two images, {N_SAMPLES} networks of width 256, averaged over classes")
+    for kind in ("nngp", "ntk"):
+        for where, name in ((~different, "same class"), (different, "two classes")):
+            exact, mean = (np.asarray(getattr(k, kind))[0, 0][where].mean() for k in both)
+            print(f"{kind.upper():>18}, {name}: analytic {exact:.5f}, sampled {mean:.5f}")
+
+    # Where only the same-class entries are wanted, `diagonal_axes` leaves out the others.
+    _, params = init_fn(jax.random.key(3), x.shape)
+    full, diagonal = (
+        nt.empirical_kernel_fn(apply_fn, diagonal_axes=diagonal_axes, **axes)(x1, x2, "ntk", params)
+        for diagonal_axes in ((), (-1,))
+    )
+    assert np.allclose(diagonal, np.diagonal(full, axis1=-2, axis2=-1))
+
+
+def main() -> None:
+    x_train, train_labels, x_test, test_labels = load()
+    gaussians = posteriors(x_train, train_labels, x_test)
+    results = {kind: probabilities(gaussian) for kind, gaussian in gaussians.items()}
+    print(f"Digits: {N_TRAIN} training and {N_TEST} test images")
+    print_scores(results, test_labels)
+    train_finite(x_train, train_labels, x_test, test_labels)
+    sample_kernels(x_train)
+    path = Path(__file__).with_suffix(".png")
+    draw(path, results, test_labels)
+    print(f"\nFigure: {path.name}")
+
+
+if __name__ == "__main__":
+    main()
