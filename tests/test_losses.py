@@ -150,7 +150,6 @@ def test_gradient_descent_on_an_empirical_kernel(name):
         np.testing.assert_allclose(jnp.sum(got[0], -1), 1, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=False, reason="fails in places: not yet understood")
 def test_empirical_kernels_average_to_the_analytic_ones():
     """`nt.monte_carlo_kernel_fn` class by class, `trace_axes=()`, against `class_kernel`."""
     layers = (stax.Dense(256, W_std=1.5), stax.Relu(), stax.Dense(N_CLASSES, W_std=1.5))
@@ -158,7 +157,7 @@ def test_empirical_kernels_average_to_the_analytic_ones():
     x1, x2 = X_TRAIN[:2], X_TEST[:3]
     exact = class_kernel(kernel_fn(x1, x2))
     # Means of the first 40, 80, ... samples, of which those of every 40 follow.
-    counts = np.arange(40, 401, 40)
+    counts = np.arange(40, 1601, 40)
     running = nt.monte_carlo_kernel_fn(
         init_fn,
         apply_fn,
@@ -174,13 +173,14 @@ def test_empirical_kernels_average_to_the_analytic_ones():
         sums = means * counts[:, None, None, None, None]
         samples = np.diff(sums, axis=0, prepend=0) / 40
         assert samples.shape[1:] == (2, 3, N_CLASSES, N_CLASSES)
-        stderr = samples.std(0, ddof=1) / np.sqrt(10)
+        stderr = samples.std(0, ddof=1) / np.sqrt(len(counts))
         difference = samples.mean(0) - np.asarray(getattr(exact, name))
-        # Student's t with 9 degrees of freedom: 1e-5 each beyond 7.8. And of all 54 together.
-        assert np.max(np.abs(difference / stderr)) < 8
-        assert np.mean((difference / stderr) ** 2) < 4
-        # Control: a quarter more is noticed.
-        assert np.mean(((difference + 0.25 * samples.mean(0)) / stderr) ** 2) > 8
+        # Student's t with 39 degrees of freedom: 5e-7 each beyond 6. The entries are correlated:
+        # at widths 256 and 1024 with three seeds each their mean square came out at 0.3 to 3.2,
+        # and with the control's quarter more at 23 and above.
+        assert np.max(np.abs(difference / stderr)) < 6
+        assert np.mean((difference / stderr) ** 2) < 6
+        assert np.mean(((difference + 0.25 * samples.mean(0)) / stderr) ** 2) > 12
 
 
 def test_axes_of_empirical_kernels():

@@ -70,7 +70,7 @@ def chi_square_limit(count):
     return scipy.stats.chi2.ppf(1 - 1e-5, count) / count
 
 
-def z_scores(network, x1, x2, *, batches=12, n_samples=24):
+def z_scores(network, x1, x2, *, batches=12, n_samples=12):
     """Of `nt.monte_carlo_kernel_fn` against `kernel_fn`, over the spread of independent batches."""
     init_fn, apply_fn, kernel_fn = network
     analytic = kernel_fn(x1, x2, ("nngp", "ntk"))
