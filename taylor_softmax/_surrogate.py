@@ -154,9 +154,11 @@ def minimiser(order: int | None) -> float:
     """
     if order is None:
         return -math.inf
-    coefficients = 1 / np.cumprod([1.0, *range(1, order)])
+    roots = _quadratic_factors(order)
+    real, imag = np.array(roots.real), np.array(roots.imag)
+    # The slope of log f, since the polynomial f_{m-1} cancels: 1e-9 of the root at order 32.
     solution = scipy.optimize.root_scalar(
-        lambda z: np.polyval(coefficients[::-1], z), bracket=(-order, 0)
+        lambda z: np.sum((z - real) / ((z - real) ** 2 + imag**2)), bracket=(-order, 0)
     )
     return float(solution.root)
 

@@ -133,6 +133,17 @@ def test_a_perturbed_normal_rule_is_noticed():
     assert abs(x**2 @ wrong - 1) > 5e-7
 
 
+def test_exponential_rule():
+    """Moments of `tau ~ Exp(1)` and of its logarithm: minus Euler's constant, pi^2 / 6."""
+    log_tau, weight = _quadrature.exponential_rule(18)
+    moments = [weight @ f for f in (np.exp(log_tau), np.exp(2 * log_tau), log_tau, log_tau**2)]
+    want = [1, 2, -np.euler_gamma, np.euler_gamma**2 + np.pi**2 / 6]
+    # The interval leaves out 1e-9 of the mass, at logarithms of up to -20.
+    np.testing.assert_allclose(moments, want, atol=2e-6)
+    coarse, weight = _quadrature.exponential_rule(9)
+    assert abs(weight @ coarse + np.euler_gamma) > 2e-6
+
+
 @pytest.mark.parametrize("degree", [1, 2, 3, 25, 100])
 def test_hermite_functions_are_orthonormal(degree):
     """Under Gauss-Hermite, exact for the products."""

@@ -433,6 +433,27 @@ def test_without_the_scale_float32_overflows():
     assert np.isfinite(value)
 
 
+# The logarithm
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("order", ORDERS)
+def test_log_value_and_minimiser(order):
+    z = np.concatenate([np.linspace(-60, 60, 41), [-0.1, 1e3]])
+    with mpmath.workdps(DIGITS):
+        want = [float(mpmath.log(taylor(float(x), order))) for x in z]
+    got = _surrogate.log_value(jnp.asarray(z), order=order)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    far = _surrogate.log_value(jnp.array([1e37, -1e37], jnp.float32), order=order)
+    assert np.isfinite(far).all()
+    slope = jax.vmap(jax.grad(lambda z: _surrogate.log_value(z, order=order)))
+    if order is None:
+        assert _surrogate.minimiser(None) == -np.inf
+        return
+    at = _surrogate.minimiser(order) + np.array([-0.01, 0.0, 0.01])
+    np.testing.assert_array_equal(np.sign(np.round(slope(jnp.asarray(at)), 9)), [-1, 0, 1])
+
+
 # The factors themselves
 
 
