@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from taylor_softmax import _quadrature, _surrogate
 from taylor_softmax._generated.posterior import posterior_order_2
@@ -289,8 +289,7 @@ def _over_noise(mean: Array, sigma: Array, s: Array, n: int, second: bool) -> _T
         density = weight * jnp.exp(jnp.maximum(-(x**2) / 2, -80.0))
         return shortfall, density, density * jnp.exp(log_tau)
 
-    log_tau, weight = _quadrature.exponential_rule(n)
-    shortfall, *sums = _sums(terms, jnp.asarray(log_tau, s.dtype), weight, s, 2 + second)
+    shortfall, *sums = _sums(terms, *_quadrature.exponential_rule(n), s, 2 + second)
     phi, log_phi = _from_shortfall(shortfall)
     first, *squares = (total / (math.sqrt(2 * math.pi) * sigma * phi) for total in sums)
     return _Tilted(log_phi, first, squares[0] - first**2 if second else None)
@@ -298,8 +297,8 @@ def _over_noise(mean: Array, sigma: Array, s: Array, n: int, second: bool) -> _T
 
 def _sums(
     terms: Callable[[Array, Array], tuple[Array, ...]],
-    nodes: Array,
-    weight: np.ndarray,
+    nodes: ArrayLike,
+    weights: ArrayLike,
     like: Array,
     n_sums: int,
 ) -> tuple[Array, ...]:
@@ -310,8 +309,8 @@ def _sums(
     def add(sums: tuple[Array, ...], node: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
         return tuple(a + b for a, b in zip(sums, terms(*node), strict=False)), None
 
-    zeros = (jnp.zeros_like(like),) * n_sums
-    return lax.scan(add, zeros, (nodes, jnp.asarray(weight, like.dtype)))[0]
+    rule = tuple(jnp.asarray(x, like.dtype) for x in (nodes, weights))
+    return lax.scan(add, (jnp.zeros_like(like),) * n_sums, rule)[0]
 
 
 def _from_shortfall(shortfall: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import scipy.integrate
 import scipy.special
 from jax import random
 
-from taylor_softmax import _posterior, _quadrature, _surrogate, predict, stax
+from taylor_softmax import _posterior, _surrogate, predict, stax
 
 import neural_tangents as nt  # isort: skip
 
@@ -174,36 +174,6 @@ def test_against_sampling(order):
     variance[0] *= 1.3
     other = np.asarray(predict.class_probabilities(mean, variance, order=order))
     assert np.max(np.abs(y.mean(0) - other) / stderr) > 4.5
-
-
-# The parts
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_log_value_and_minimiser(order):
-    z = np.concatenate([np.linspace(-60, 60, 41), [-0.1, 1e3]])
-    got = _surrogate.log_value(jnp.asarray(z), order=order)
-    np.testing.assert_allclose(got, log_surrogate(z, order), rtol=1e-12, atol=1e-12)
-    far = _surrogate.log_value(jnp.array([1e37, -1e37], jnp.float32), order=order)
-    assert np.isfinite(far).all()
-    slope = jax.vmap(jax.grad(lambda z: _surrogate.log_value(z, order=order)))
-    if order is None:
-        assert _surrogate.minimiser(None) == -np.inf
-        return
-    at = _surrogate.minimiser(order) + np.array([-0.01, 0.0, 0.01])
-    # The root is found to 1e-7: at order 32 its polynomial, with terms of 1e4, is no better known.
-    np.testing.assert_array_equal(np.sign(np.round(slope(jnp.asarray(at)), 7)), [-1, 0, 1])
-
-
-def test_exponential_rule():
-    """Moments of `tau ~ Exp(1)` and of its logarithm: minus Euler's constant, pi^2 / 6."""
-    log_tau, weight = _quadrature.exponential_rule(18)
-    moments = [weight @ f for f in (np.exp(log_tau), np.exp(2 * log_tau), log_tau, log_tau**2)]
-    want = [1, 2, -np.euler_gamma, np.euler_gamma**2 + np.pi**2 / 6]
-    # The interval leaves out 1e-9 of the mass, at logarithms of up to -20.
-    np.testing.assert_allclose(moments, want, atol=2e-6)
-    coarse, weight = _quadrature.exponential_rule(9)
-    assert abs(weight @ coarse + np.euler_gamma) > 2e-6
 
 
 # Identities
