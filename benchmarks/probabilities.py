@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.speed import environment, progress, table
+from benchmarks.report import environment, progress, publish, table
 from taylor_softmax.predict import class_probabilities, class_probability_covariance
 
 N_SAMPLES = 100
@@ -200,18 +200,14 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     n, repetitions, n_errors = (1000, 3, 4) if arguments.quick else (10_000, 9, N_POINTS)
     classes = 10
-    given = environment(sys.argv[1:]).replace("benchmarks.speed", "benchmarks.probabilities")
+    given = environment("benchmarks.probabilities", sys.argv[1:])
     explanation = EXPLANATION.format(n=f"{n:,}", repetitions=repetitions, classes=classes)
     parts = ["# Class probabilities", given, explanation]
     for x64, dtype in ((True, jnp.float64), (False, jnp.float32)):
         jax.config.update("jax_enable_x64", x64)
         parts += [f"## {np.dtype(dtype).name}", error_table(n_errors, dtype)]
         parts += [time_table(n, classes, repetitions, dtype)]
-    report = "\n\n".join(parts) + "\n"
-    print(report, end="")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(report)
-    progress(f"saved {arguments.output}")
+    publish(parts, arguments.output)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ Run `python -m benchmarks.speed` on an otherwise idle machine; `--quick` tries i
 import argparse
 import itertools
 import os
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from benchmarks.report import environment, progress, publish, table
 from taylor_softmax import monte_carlo, stax
 
 N_CLASSES = 10
@@ -77,10 +76,6 @@ ERF = Layer("Erf", stax.Erf(), stax.Erf())
 TAYLOR_2, TAYLOR_8 = taylor(2), taylor(8)
 SOFTMAX = Layer("Softmax", stax.Softmax(), stax.Softmax(method="direct"), 1 / N_CLASSES)
 NUMERICAL = Layer("ElementwiseNumerical", numerical(10), numerical(60), 0.5)
-
-
-def progress(message: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
 def inputs(n: int, spread: str, dtype: Any, seed: int) -> Array:
@@ -194,17 +189,6 @@ def errors(case: Case) -> tuple[float, float]:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: first text, then numbers."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = (
-        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        for row in (header, rule, *rows)
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def layers_table(cases: list[Case]) -> str:
     header = ["layer", "scope", "variances", "compile (s)", "min (ms)", "median (ms)", "/ Erf"]
     header += ["memory (MiB)", "/ Erf", "NNGP error", "NTK error"]
@@ -292,20 +276,6 @@ def monte_carlo_table(cases: list[Case], n: int, dtype: Any) -> str:
     return table(header, rows)
 
 
-def environment(given: list[str]) -> str:
-    device, info = jax.devices()[0], Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    processor = next(names, platform.processor() or platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "jaxlib", "neural-tangents", "numpy"))
-    return (
-        f"Command: `{' '.join(['python -m benchmarks.speed', *given])}`.\n"
-        f"Device: {device.platform} ({device.device_kind}); host: {processor}, {cores} cores. "
-        f"Python {platform.python_version()}, {packages}."
-    )
-
-
 EXPLANATION = """\
 NNGP and NTK of {n:,} x {n:,} inputs under `jit`, up to {repetitions} interleaved repetitions.
 Scope "network" is `Dense(512), Relu(), Dense({classes})` and the layer; "layer" is the layer alone,
@@ -372,14 +342,10 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     n, repetitions = arguments.inputs, arguments.repetitions
     explanation = EXPLANATION.format(n=n, repetitions=repetitions, classes=N_CLASSES)
-    parts = ["# Speed", environment(sys.argv[1:]), explanation]
+    parts = ["# Speed", environment("benchmarks.speed", sys.argv[1:]), explanation]
     precisions = (True, False) if arguments.x64 is None else (arguments.x64,)
     parts += [benchmark(arguments, x64) for x64 in precisions]
-    report = "\n\n".join(parts) + "\n"
-    print(report, end="")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(report)
-    progress(f"saved {arguments.output}")
+    publish(parts, arguments.output)
 
 
 if __name__ == "__main__":

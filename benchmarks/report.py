@@ -1,0 +1,50 @@
+"""What the reports of all benchmarks have in common: progress, tables, and where they were run."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+
+def progress(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns: first text, then numbers."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = (
+        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        for row in (header, rule, *rows)
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def environment(module: str, given: Sequence[str]) -> str:
+    """The command `python -m module *given`, the device, and the versions of what it ran on."""
+    device, info = jax.devices()[0], Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    processor = next(names, platform.processor() or platform.machine())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "jaxlib", "neural-tangents", "numpy"))
+    return (
+        f"Command: `{' '.join(['python -m', module, *given])}`.\n"
+        f"Device: {device.platform} ({device.device_kind}); host: {processor}, {cores} cores. "
+        f"Python {platform.python_version()}, {packages}."
+    )
+
+
+def publish(parts: Sequence[str], output: Path) -> None:
+    """Prints the parts of a report and writes them to `output`."""
+    report = "\n\n".join(parts) + "\n"
+    print(report, end="")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(report)
+    progress(f"saved {output}")
