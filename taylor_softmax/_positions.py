@@ -24,7 +24,7 @@ and the product of what is left of `y(u)` and `y(v)` is estimated pair by pair b
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,13 @@ from taylor_softmax._pair import matmul
 # Nodes of the outer rule in each of t and s, order 2.
 _OUTER_NODES = 24
 
-# Points, beside their negatives, for the coefficients of one input.
-_COMPONENT_POINTS = 1 << 12
+# Points, beside their negatives, for the components of one input. Their error enters at first
+# order, as the mean of one side times the error of the other's: with a quarter of these points it
+# is 3e-3 of the largest entry (16 positions, variance 1), at any number of points per pair.
+_COMPONENT_POINTS = 1 << 14
 
-# Points per pair for the residual.
-DEFAULT_POINTS = 1024
+# Points per pair for the residual. What errors they leave is in `joint_second_moment`.
+DEFAULT_POINTS = 1 << 13
 
 # Numbers in the largest array of a step: they bound the memory, at any number of pairs.
 _CHUNK = 1 << 21
@@ -71,12 +73,27 @@ class Input(NamedTuple):
     Attributes:
       covariance: of the logits, `(S, S)`.
       present: 1 where there is a position, 0 where it is padding, `(S,)`.
-      components: None at order 2.
+      expansion: None at order 2.
     """
 
     covariance: Array
     present: Array
-    components: Components | None
+    expansion: "Expansion | None"
+
+
+class Expansion(NamedTuple):
+    """The outputs of one input as a polynomial and a residual.
+
+    Attributes:
+      components: the polynomial.
+      root: Cholesky factor of the covariance, `(S, S)`.
+      residual: of the outputs at the points that `root` makes of the first half of the normal ones,
+        `(n_points, S)`: the same for every pair in which the input is the first.
+    """
+
+    components: Components
+    root: Array
+    residual: Array
 
 
 def joint_second_moment(
@@ -116,7 +133,7 @@ def joint_second_moment(
     batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
     flat = tuple(cov.reshape(-1, size, size) for cov in covs)
     present = jnp.ones(flat[0].shape[:2], flat[0].dtype)
-    one, two = (prepare(cov, present, order=order) for cov in (flat[0], flat[2]))
+    one, two = (prepare(cov, present, order=order, n_points=n_points) for cov in (flat[0], flat[2]))
     index = np.arange(len(flat[0]))
     moment, _ = second_moments(one, two, index, index, flat[1], None, order, n_points)
     return moment.reshape(*batch, size, size)
@@ -140,18 +157,26 @@ def broadcast_covariances(
     return first, second, third
 
 
-def prepare(covariance: Array, present: Array, *, order: int | None) -> Input:
+def prepare(covariance: Array, present: Array, *, order: int | None, n_points: int) -> Input:
     """The `Input` of inputs with covariances `(n, S, S)` and positions `present`, `(n, S)`."""
     covariance = _project(covariance, present, present, order)
     if order == 2:
         return Input(covariance, present, None)
     size = present.shape[-1]
-    # Largest arrays: points with their negatives, times positions squared.
-    step = max(1, _CHUNK // (2 * _COMPONENT_POINTS * size**2))
-    compute = functools.partial(_components, order=order)
-    args = covariance, present
-    components = lax.map(jax.checkpoint(lambda args: compute(*args)), args, batch_size=step)
-    return Input(covariance, present, components)
+
+    def expand(args: tuple[Array, Array]) -> Expansion:
+        covariance, present = args
+        root = _cholesky(covariance, covariance)
+        components = _components(root, present, order)
+        if n_points == 0:
+            return Expansion(components, root, jnp.zeros((0, size), covariance.dtype))
+        z = matmul(_normal_points(n_points, 2 * size, covariance.dtype)[:, :size], root.T)
+        value, _, _ = _surrogate.ratios(z, present, order=order)
+        return Expansion(components, root, value - _polynomial(z, components, covariance))
+
+    step = max(1, _CHUNK // (2 * _COMPONENT_POINTS * size))
+    expansion = lax.map(jax.checkpoint(expand), (covariance, present), batch_size=step)
+    return Input(covariance, present, expansion)
 
 
 def second_moments(
@@ -264,27 +289,34 @@ def _order_2(one: Input, two: Input, cov12: Array) -> Array:
     return moment * one.present[:, None] * two.present
 
 
-def _components(covariance: Array, present: Array, *, order: int | None) -> Components:
-    half = _sample(covariance, _COMPONENT_POINTS)
-    value, slope, curvature = _surrogate.ratios(
-        jnp.concatenate([half, -half]), present, order=order
-    )
+def _components(root: Array, present: Array, order: int | None) -> Components:
+    half = _normal_points(_COMPONENT_POINTS, len(root), root.dtype)
+    z = matmul(jnp.concatenate([half, -half]), root.T)
+    value, slope, curvature = _surrogate.ratios(z, present, order=order)
     n = len(value)
 
     def mean(left: Array, right: Array) -> Array:
         return matmul(left.T, right) / n
 
     # With p, q, r = f, f', f'' over the normaliser:
-    # D_j y_i = [i=j] q_i - p_i q_j, and once more D_k.
-    size = covariance.shape[-1]
-    each = jnp.arange(size)
-    products = (slope[:, :, None] * slope[:, None, :]).reshape(n, -1)
-    second = 2 * mean(value, products).reshape(size, size, size)
-    slopes = mean(slope, slope)
+    # D_j y_i = [i=j] q_i - p_i q_j, and once more D_k. One j at a time, for the memory's sake.
+    second = lax.map(lambda q: mean(value * q[:, None], slope), slope.T)
+    second = 2 * jnp.moveaxis(second, 0, 1)
+    each, slopes = jnp.arange(len(root)), mean(slope, slope)
     second = second.at[each, each, :].add(-slopes).at[each, :, each].add(-slopes)
     second = second.at[:, each, each].add(-mean(value, curvature))
     second = second.at[each, each, each].add(jnp.mean(curvature, 0))
     return Components(jnp.mean(value, 0), jnp.diag(jnp.mean(slope, 0)) - mean(value, slope), second)
+
+
+def _polynomial(z: Array, components: Components, covariance: Array) -> Array:
+    """The components of degree 0 to 2 at the points `z`, `(n, S)`."""
+    mean, slope, curvature = components
+    size = z.shape[-1]
+    # Not as a product with z z^T: reading that, XLA's CPU code (JAX 0.10.2) leaves its bounds.
+    bend = matmul(z, curvature.reshape(-1, size).T).reshape(-1, size, size)
+    excess = jnp.sum(bend * z[:, None, :], -1) - jnp.sum(curvature * covariance, (1, 2))
+    return mean + matmul(z, slope.T) + excess / 2
 
 
 def _series_and_residual(
@@ -295,14 +327,13 @@ def _series_and_residual(
     order: int | None,
     n_points: int,
 ) -> tuple[Array, Array | None]:
-    left, right = one.components, two.components
-    assert left is not None
-    assert right is not None
-    contract = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    assert one.expansion is not None
+    assert two.expansion is not None
+    left, right = one.expansion.components, two.expansion.components
 
     def degree_2(a: Array, b: Array) -> Array:
-        moved = contract("ijk,jl,km->ilm", left.curvature, a, b)
-        return contract("ilm,nlm->in", moved, right.curvature)
+        moved = _contract("ijk,jl,km->ilm", left.curvature, a, b)
+        return _contract("ilm,nlm->in", moved, right.curvature)
 
     moment = left.mean[:, None] * right.mean + degree_2(cov12, cov12) / 2
     moment = moment + matmul(matmul(left.slope, cov12), right.slope.T)
@@ -312,47 +343,96 @@ def _series_and_residual(
     if n_points == 0:
         return moment, derivative
 
-    size = cov12.shape[-1]
-    sigma = jnp.block([[one.covariance, cov12], [cov12.T, two.covariance]])
-    z = _sample(sigma, n_points)
-    (res_u, jac_u), (res_v, jac_v) = (
-        _residual(z, of, order) for z, of in ((z[:, :size], one), (z[:, size:], two))
-    )
-    moment = moment + matmul(res_u.T, res_v) / n_points
-    if theta is not None and derivative is not None:
-        moved = matmul(jac_u, theta)
-        derivative = derivative + contract("pik,pjk->ij", moved, jac_v) / n_points
-    return moment, derivative
+    # A root of the joint covariance, whose first block belongs to the first input alone.
+    root = one.expansion.root
+    below = jax.scipy.linalg.solve_triangular(root, cov12, lower=True)
+    rest = _cholesky(two.covariance - matmul(below.T, below), two.covariance)
+    size = len(root)
+    points = _normal_points(n_points, 2 * size, cov12.dtype)
+    z_v = matmul(points[:, :size], below) + matmul(points[:, size:], rest.T)
+    y_v, q_v, _ = _surrogate.ratios(z_v, two.present, order=order)
+    residual = y_v - _polynomial(z_v, right, two.covariance)
+    moment = moment + matmul(one.expansion.residual.T, residual) / n_points
+    if theta is None or derivative is None:
+        return moment, derivative
+
+    z_u = matmul(points[:, :size], root.T)
+    y_u, q_u, _ = _surrogate.ratios(z_u, one.present, order=order)
+    sides = _Side(z_u, y_u, q_u, left), _Side(z_v, y_v, q_v, right)
+    return moment, derivative + _residual_derivative(*sides, theta)
 
 
-def _residual(z: Array, of: Input, order: int | None) -> tuple[Array, Array]:
-    """`y(z)` less its components up to degree 2, `(n, S)`, and its Jacobian, `(n, S, S)`."""
-    assert of.components is not None
-    mean, slope, curvature = of.components
-    value, rate, _ = _surrogate.ratios(z, of.present, order=order)
-    size = z.shape[-1]
-    bend = matmul(z, curvature.reshape(-1, size).T).reshape(-1, size, size)
-    trace = jnp.sum(curvature * of.covariance, (1, 2))
-    residual = value - mean - matmul(z, slope.T)
-    residual = residual - (jnp.sum(bend * z[:, None, :], -1) - trace) / 2
-    jacobian = rate[:, :, None] * jnp.eye(size, dtype=z.dtype) - value[:, :, None] * rate[:, None]
-    return residual, jacobian - slope - bend
+class _Side(NamedTuple):
+    """Points of one input: logits `z`, outputs `y`, `q = f'(z) / D`, each `(n, S)`."""
+
+    z: Array
+    y: Array
+    q: Array
+    components: Components
 
 
-def _sample(covariance: Array, n_points: int) -> Array:
-    """Quasi-random points of `N(0, covariance)`, `(n_points, S)`."""
+def _residual_derivative(u: _Side, v: _Side, theta: Array) -> Array:
+    """Mean over the points of `R_u theta R_v^T`, `R` the Jacobian of the residual.
+
+    `R = J - B` with `J = diag(q) - y q^T` and `B = slope + sum_k z_k curvature_k`. Multiplied out,
+    so that no `S x S` matrix is held for every point: means of products are all that is needed.
+    """
+    n = len(u.z)
+
+    def mean(left: Array, right: Array) -> Array:
+        return matmul(left.T, right) / n
+
+    # J_u theta J_v^T.
+    row, column = matmul(u.q, theta), matmul(v.q, theta.T)
+    total = jnp.sum(row * v.q, 1, keepdims=True)
+    both = theta * mean(u.q, v.q) - mean(u.q * column, v.y) - mean(u.y, row * v.q)
+    both = both + mean(u.y * total, v.y)
+
+    def mixed(jacobian: _Side, polynomial: _Side, theta: Array) -> Array:
+        """`J theta B^T`."""
+        # E[J_im z_k]. One z_k at a time, for the memory's sake.
+        y, q, z = jacobian.y, jacobian.q, polynomial.z
+        products = -lax.map(lambda z_k: mean(y * z_k[:, None], q), z.T)
+        products = jnp.moveaxis(products, 0, -1)
+        each = jnp.arange(len(theta))
+        products = products.at[each, each].add(mean(q, z))
+        plain = jnp.diag(jnp.mean(q, 0)) - mean(y, q)
+        _, slope, curvature = polynomial.components
+        moved = _contract("imk,ml->ilk", products, theta)
+        return matmul(matmul(plain, theta), slope.T) + _contract("ilk,jlk->ij", moved, curvature)
+
+    # B_u theta B_v^T.
+    (_, slope_u, curvature_u), (_, slope_v, curvature_v) = u.components, v.components
+    mean_u = slope_u + matmul(curvature_u, jnp.mean(u.z, 0))
+    mean_v = slope_v + matmul(curvature_v, jnp.mean(v.z, 0))
+    spread = mean(u.z - jnp.mean(u.z, 0), v.z - jnp.mean(v.z, 0))
+    moved = _contract("imk,kp,ml->ilp", curvature_u, spread, theta)
+    polynomials = matmul(matmul(mean_u, theta), mean_v.T)
+    polynomials = polynomials + _contract("ilp,jlp->ij", moved, curvature_v)
+    return both - mixed(u, v, theta) - mixed(v, u, theta.T).T + polynomials
+
+
+_contract = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def _cholesky(matrix: Array, covariance: Array) -> Array:
+    """Cholesky factor of a positive semi-definite `matrix`, part of a `covariance`."""
     # What is added makes singular covariances, and their derivatives, harmless; 1e-8 of a variance
     # is far below the error of sampling.
-    eps = float(jnp.finfo(covariance.dtype).eps)
-    size = covariance.shape[-1]
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    size = matrix.shape[-1]
     ridge = max(1e-8, 64 * eps) * jnp.trace(covariance) / size + eps
-    root = jnp.linalg.cholesky(covariance + ridge * jnp.eye(size, dtype=covariance.dtype))
-    return matmul(jnp.asarray(_normal_points(n_points, size), covariance.dtype), root.T)
+    return jnp.linalg.cholesky(matrix + ridge * jnp.eye(size, dtype=matrix.dtype))
+
+
+def _normal_points(n_points: int, dimension: int, dtype: Any) -> Array:
+    """Quasi-random points of the standard normal distribution; always the same."""
+    return jnp.asarray(_sobol_points(n_points, dimension), dtype)
 
 
 @functools.cache
-def _normal_points(n_points: int, dimension: int) -> np.ndarray:
-    """Scrambled Sobol points, mapped to the standard normal distribution; always the same."""
+def _sobol_points(n_points: int, dimension: int) -> np.ndarray:
+    """Scrambled Sobol points, mapped to the standard normal distribution."""
     sampler = scipy.stats.qmc.Sobol(dimension, scramble=True, seed=0)  # pyright: ignore[reportCallIssue]
     # A power of two is what balances the points.
     uniform = sampler.random_base2(max(0, (n_points - 1).bit_length()))[:n_points]

@@ -323,6 +323,7 @@ def _spatial_softmax(k: Any, axes: tuple[int, ...], order: int | None, n_points:
             cov.reshape(-1, n_over, n_over),
             present.reshape(-1, n_over).astype(cov.dtype),
             order=order,
+            n_points=n_points,
         )
 
     def evaluate(

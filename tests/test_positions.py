@@ -144,7 +144,9 @@ def test_derivative_is_that_of_the_moment(order):
     one, cross, two = (jnp.asarray(x) for x in covariances(4, "equicorrelated"))
     theta = jnp.asarray(np.random.default_rng(3).standard_normal((4, 4)))
     present, index = jnp.ones((1, 4)), np.zeros(1, int)
-    inputs = [_positions.prepare(cov[None], present, order=order) for cov in (one, two)]
+    inputs = [
+        _positions.prepare(cov[None], present, order=order, n_points=1 << 14) for cov in (one, two)
+    ]
 
     def moment(cov12):
         result, _ = _positions.second_moments(
