@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-oldest check format derivations benchmark clean
+.PHONY: setup demo test test-oldest check format derivations benchmark accuracy clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,12 @@ derivations: setup
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.positions
+	$(BIN)/python -m benchmarks.probabilities
+
+# Goes on with what an interrupted run has saved; ACCURACY holds options, such as --quick.
+accuracy: setup
+	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
 
 clean:
 	rm -rf $(VENV) $(OLDEST)

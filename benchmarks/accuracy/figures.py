@@ -1,0 +1,126 @@
+"""Pictures of a run: z-scores, wide networks, and how far Taylor softmax is from softmax."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy.problems import CLASSES, LayerProblem, layer_name
+from benchmarks.accuracy.verdict import Result
+from taylor_softmax import class_covariance
+
+N_CLASSES = 10
+
+
+def draw_all(results: Sequence[Result], folder: Path, stem: str) -> list[Path]:
+    """Saves all figures; returns where."""
+    figures = {
+        "scores": scores(results),
+        "orders": errors_against_order(results),
+        "correlations": kernels_against_correlation(),
+        "networks": networks(results),
+    }
+    paths = []
+    for name, figure in figures.items():
+        path = folder / f"{stem}-{name}.png"
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def scores(results: Sequence[Result]) -> Figure:
+    """Histogram of the z-scores of exact kernels beside the standard normal density."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    x = np.linspace(-4.5, 4.5, 200)
+    for ax, kernel in zip(axes, ("nngp", "ntk"), strict=True):
+        exact = [
+            r.score
+            for r in results
+            if r.kernel == kernel and r.tolerance == 0 and r.departure is not None
+        ]
+        ax.hist(exact, np.linspace(-4.5, 4.5, 28), density=True, color="0.75")
+        ax.plot(x, scipy.stats.norm.pdf(x), "k-", lw=1)
+        ax.set(title=f"{kernel.upper()}, {len(exact)} kernels", xlabel="z")
+    axes[0].set_ylabel("density")
+    return figure
+
+
+def errors_against_order(results: Sequence[Result]) -> Figure:
+    """Difference from softmax's kernel against the order: analytic, and as sampling sees it."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for ax, kernel in zip(axes, ("nngp", "ntk"), strict=True):
+        chosen = [
+            (LayerProblem(**r.problem), r)
+            for r in results
+            if r.kernel == kernel and r.group == f"{CLASSES}, finite"
+        ]
+        chosen = [(p, r) for p, r in chosen if p.size == N_CLASSES]
+        softmax = {(p.var1, p.var2, p.rho): r for p, r in chosen if p.order is None}
+        mean = 1 / N_CLASSES**2 if kernel == "nngp" else 0.0
+        for (var1, var2, rho), reference in softmax.items():
+            same = [(p, r) for p, r in chosen if (p.var1, p.var2, p.rho) == (var1, var2, rho)]
+            pairs = sorted((p.order, r) for p, r in same if p.order is not None)
+            orders = np.array([order for order, _ in pairs])
+            exact = reference.analytic - mean
+            analytic = [abs((r.analytic - mean) / exact - 1) for _, r in pairs]
+            sampled = [abs((r.mean - mean) / exact - 1) for _, r in pairs]
+            stderr = [r.stderr / abs(exact) for _, r in pairs]
+            (line,) = ax.plot(orders, analytic, "-", label=f"{var1:g}, {var2:g}; {rho:g}", lw=1)
+            ax.errorbar(orders, sampled, stderr, fmt="o", ms=4, capsize=2, color=line.get_color())
+        ax.set(yscale="log", xlabel="order", title=f"{kernel.upper()}, {N_CLASSES} classes")
+        ax.set_ylim(1e-6, 2)
+    axes[0].set_ylabel("relative difference from softmax")
+    axes[1].legend(title="variances; correlation", fontsize=7, title_fontsize=7)
+    return figure
+
+
+def kernels_against_correlation() -> Figure:
+    """`I(rho)` of Taylor softmax and of softmax: analytic."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    rho = np.linspace(-1, 1, 101)
+    for ax, variance in zip(axes, (0.5, 1.0, 4.0), strict=True):
+        for order in (2, 4, 8, None):
+            value = class_covariance(
+                variance, rho * variance, variance, n_classes=N_CLASSES, order=order
+            )
+            style = "k--" if order is None else "-"
+            ax.plot(rho, value, style, lw=1.2, label=layer_name(order))
+        ax.set(title=f"variance {variance:g}", xlabel="correlation")
+    axes[0].set_ylabel(f"I, {N_CLASSES} classes")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def networks(results: Sequence[Result]) -> Figure:
+    """Relative deviation of finite networks from the analytic kernel against their width."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for ax, kernel in zip(axes, ("nngp", "ntk"), strict=True):
+        of_kernel = [r for r in results if "width" in r.problem and r.kernel == kernel]
+        widths = np.array(sorted({r.problem["width"] for r in of_kernel}))
+        for network in dict.fromkeys(r.problem["network"] for r in of_kernel):
+            group = [r for r in of_kernel if r.problem["network"] == network]
+            ax.errorbar(
+                [r.problem["width"] for r in group],
+                [abs(r.mean / r.analytic - 1) for r in group],
+                [r.stderr / abs(r.analytic) for r in group],
+                fmt="o-",
+                ms=4,
+                lw=0.8,
+                capsize=2,
+                label=f"softmax over {network}",
+            )
+        if widths.size:
+            ax.plot(widths, 3 / widths, "k:", lw=1, label="3 / width")
+        ax.set(xscale="log", yscale="log", xlabel="width", title=kernel.upper())
+        ax.set_ylim(1e-4, 1e-1)
+    axes[0].set_ylabel("relative deviation from infinite width")
+    axes[0].legend(fontsize=7)
+    return figure

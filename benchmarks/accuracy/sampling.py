@@ -1,0 +1,101 @@
+"""Means over draws of a problem, on all devices, with standard errors."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax, random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.accuracy.problems import Problem
+
+# Random numbers in a chunk of draws.
+_CHUNK = 1 << 19
+
+
+class Estimate(NamedTuple):
+    """NNGP and NTK by sampling.
+
+    Attributes:
+      mean: `(2, ...)`, of NNGP and NTK.
+      stderr: their standard errors.
+      n_draws: of all positions and units.
+    """
+
+    mean: np.ndarray
+    stderr: np.ndarray
+    n_draws: int
+
+
+def contraction(problem: Problem) -> np.ndarray:
+    """The matrix `A` of the number `sum_pq A_pq K_pq` that is compared, `(positions, positions)`.
+
+    One number for each kernel, so that scores are independent; over positions a random one, which
+    an error in any entry changes.
+    """
+    n = problem.n_positions
+    return np.random.default_rng(1).standard_normal((n, n)) / n if n > 1 else np.ones((1, 1))
+
+
+def sample(
+    problem: Problem, key: Array, n_samples: int, devices: Sequence[Any], *, entries: bool
+) -> Estimate:
+    """Estimates from at least `n_samples` draws, a share of them on each of `devices`.
+
+    Args:
+      entries: estimate all entries of the `(positions, positions)` matrices, not a `contraction`.
+    """
+    units, n_draws = problem.units(n_samples), problem.n_draws(n_samples)
+    share = -(-n_draws // len(devices))
+    chunk = max(1, min(share, _CHUNK // problem.numbers_per_draw(units)))
+    n_chunks = -(-share // chunk)
+
+    over_devices = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))
+    keys = jax.device_put(random.split(key, len(devices)), over_devices)
+    weights = None if entries else jnp.asarray(contraction(problem))
+    sums = _sums(keys, problem.parameters(), weights, n_chunks, problem.template(), chunk, units)
+    if (used := sums[0].sharding.device_set) != set(devices):
+        raise RuntimeError(f"Samples were to be drawn on {devices}, but were drawn on {used}.")
+
+    # The devices' moments together (Chan, Golub & LeVeque 1983).
+    means, deviations = (np.asarray(each) for each in sums)
+    mean, n_share = np.mean(means, 0), n_chunks * chunk
+    deviation = np.sum(deviations, 0) + n_share * np.sum((means - mean) ** 2, 0)
+    n = n_share * len(devices)
+    return Estimate(mean, np.sqrt(deviation / (n - 1) / n), n)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "chunk", "units"))
+def _sums(
+    keys: Array,
+    parameters: Array,
+    weights: Array | None,
+    n_chunks: int,
+    problem: Problem,
+    chunk: int,
+    units: int,
+) -> tuple[Array, Array]:
+    """Means and sums of squared deviations, each `(devices, 2, ...)`, in float64."""
+
+    def one_device(key: Array) -> tuple[Array, Array]:
+        def add(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            drawn = problem.draw(random.fold_in(key, i), parameters, chunk, units)
+            values = jnp.stack(drawn, axis=1).astype(jnp.float64)
+            if weights is not None:
+                values = jnp.einsum("nkpq,pq->nk", values, weights)
+            mean, deviation = state
+            step = jnp.mean(values, 0) - mean
+            deviation = deviation + jnp.sum((values - mean - step) ** 2, 0)
+            # Chan's update: sums of squares would cancel.
+            deviation = deviation + step**2 * (chunk * i / (i + 1))
+            return mean + step / (i + 1), deviation
+
+        n_positions = problem.n_positions
+        shape = (2,) if weights is not None else (2, n_positions, n_positions)
+        zeros = jnp.zeros(shape, jnp.float64)
+        return lax.fori_loop(0, n_chunks, add, (zeros, zeros))
+
+    return jax.vmap(one_device)(keys)

@@ -1,0 +1,103 @@
+"""The report of a run, in Markdown."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from benchmarks.accuracy.verdict import LEVEL, Check, Result, network_limits
+from benchmarks.report import table
+
+
+def checks_table(checks: Iterable[Check]) -> str:
+    rows = [
+        [c.name, f"{c.value:.3g}", f"{c.low:.3g}", f"{c.high:.3g}", "yes" if c.passed else "NO"]
+        for c in checks
+    ]
+    return table(["test", "found", "at least", "at most", "passed"], rows)
+
+
+def groups_table(results: list[Result]) -> str:
+    """Scores and relative errors by group and kernel."""
+    rows = []
+    groups = dict.fromkeys((r.group, r.kernel) for r in results if "width" not in r.problem)
+    for group, kernel in groups:
+        of = [r for r in results if (r.group, r.kernel) == (group, kernel)]
+        z = np.array([r.score for r in of])
+        stderr = np.median([r.stderr / r.scale for r in of])
+        error = max(abs(r.analytic - r.mean) / r.scale for r in of)
+        exact = of[0].tolerance == 0
+        row = [f"{kernel}, {group}", f"{len(of)}", f"{min(r.n_draws for r in of):,}"]
+        row += [f"{stderr:.0e}", f"{error:.1e}"]
+        row += [f"{np.mean(z**2):.2f}", f"{np.max(np.abs(z)):.2f}"] if exact else ["", ""]
+        rows.append(row)
+    header = ["kernel", "number", "draws", "stderr", "largest difference", "mean z^2", "largest z"]
+    return table(header, rows)
+
+
+def departures_table(results: list[Result]) -> str:
+    """How far each order is from softmax: `(nngp, ntk)` over problems with equal settings."""
+    problems: dict[str, dict[int, dict[str, float]]] = {}
+    for r in results:
+        order = r.problem.get("order")
+        if r.departure is None or order is None:
+            continue
+        what = r.name.partition(", ")[2]
+        problems.setdefault(what, {}).setdefault(order, {})[r.kernel] = r.departure
+    orders = sorted({order for each in problems.values() for order in each})
+    rows = []
+    for what, each in problems.items():
+        cells = [
+            f"{each[o]['nngp']:.1e}, {each[o]['ntk']:.1e}" if o in each else "" for o in orders
+        ]
+        rows.append([what, *cells])
+    return table(["NNGP, NTK", *(f"order {order}" for order in orders)], rows)
+
+
+def networks_table(results: list[Result]) -> str:
+    of = [r for r in results if "width" in r.problem]
+    limits = network_limits(results)
+    widths = sorted({r.problem["width"] for r in of})
+    rows = []
+    for (network, kernel), (limit, stderr) in limits.items():
+        row = [f"{kernel}, softmax over {network}"]
+        for width in widths:
+            (r,) = (
+                r
+                for r in of
+                if (r.kernel, r.problem["network"], r.problem["width"]) == (kernel, network, width)
+            )
+            error = r.stderr / abs(r.analytic)
+            row.append(f"{1e3 * (r.mean / r.analytic - 1):+.1f} ± {1e3 * error:.1f}")
+        rows.append([*row, f"{1e3 * limit:+.1f} ± {1e3 * stderr:.1f}"])
+    return table(["relative deviation / 1e-3", *(f"width {w}" for w in widths), "limit"], rows)
+
+
+EXPLANATION = """\
+Every layer's NNGP and NTK on Gaussian logits, from `kernel_fn`, beside means over draws of
+`apply_fn` and of its derivative along random tangents: at least {samples:,} a setting (of networks
+ten times as many over the width), seed {seed}. `z` is the difference over its standard error; over
+the grid it is tested against the standard normal: mean square and largest, each with a chance of
+{level:g} to fail a right kernel. Kernels over positions of other orders than 2 are estimates; they
+are held to their documented error. "stderr" (median) and "largest difference" are relative to the
+largest entry of the kernel."""
+
+DEPARTURES = """\
+## Distance from softmax
+
+What choosing an order costs: the largest difference of the analytic kernel from that of softmax
+itself, over its largest entry (for classes: of the part beyond the squared mean)."""
+
+NETWORKS = """\
+## Wide finite networks
+
+Deviation of networks of finite width from the analytic kernel, relative, in thousandths, with
+standard errors. "limit" is the intercept of a weighted least-squares line in `1 / width`."""
+
+
+def sections(results: list[Result], checks: list[Check], n_samples: int, seed: int) -> list[str]:
+    """Of the report, in Markdown."""
+    explanation = EXPLANATION.format(samples=n_samples, seed=seed, level=LEVEL)
+    parts = ["## How", explanation, "## Verdict", checks_table(checks)]
+    parts += ["## Scores", groups_table(results)]
+    parts += [DEPARTURES, departures_table(results), NETWORKS, networks_table(results)]
+    return parts
