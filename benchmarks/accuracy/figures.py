@@ -25,8 +25,9 @@ def draw_all(results: Sequence[Result], folder: Path, stem: str) -> list[Path]:
         "scores": scores(results),
         "orders": errors_against_order(results),
         "correlations": kernels_against_correlation(),
-        "networks": networks(results),
     }
+    if any("width" in r.problem for r in results):
+        figures["networks"] = networks(results)
     paths = []
     for name, figure in figures.items():
         path = folder / f"{stem}-{name}.png"

@@ -233,7 +233,9 @@ class NetworkProblem:
 
     def n_draws(self, n_samples: int) -> int:
         # In about the same time at any width: what networks deviate by falls as the width grows.
-        return max(100, 10 * n_samples // self.width)
+        # Jacobians of all positions cost the more.
+        share = 1 if self.network == POSITIONS else 10
+        return max(100, share * n_samples // self.width)
 
     def numbers_per_draw(self, units: int) -> int:
         # Jacobians of all outputs at both inputs.
@@ -243,7 +245,7 @@ class NetworkProblem:
         return self
 
     def parameters(self) -> Array:
-        return jnp.asarray(self.inputs(), jnp.float32)
+        return jnp.asarray(self.inputs())
 
     def draw(self, key: Array, x: Array, n: int, units: int) -> tuple[Array, Array]:
         """NNGP and NTK of `n` networks, averaged over units, `(n, positions, positions)`."""

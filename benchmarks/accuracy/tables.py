@@ -75,7 +75,7 @@ def networks_table(results: list[Result]) -> str:
 EXPLANATION = """\
 Every layer's NNGP and NTK on Gaussian logits, from `kernel_fn`, beside means over draws of
 `apply_fn` and of its derivative along random tangents: at least {samples:,} a setting (of networks
-ten times as many over the width), seed {seed}. `z` is the difference over its standard error; over
+as many over the width, or ten times that), seed {seed}. `z` is the difference over its standard error; over
 the grid it is tested against the standard normal: mean square and largest, each with a chance of
 {level:g} to fail a right kernel. Kernels over positions of other orders than 2 are estimates; they
 are held to their documented error. "stderr" (median) and "largest difference" are relative to the
@@ -99,5 +99,7 @@ def sections(results: list[Result], checks: list[Check], n_samples: int, seed: i
     explanation = EXPLANATION.format(samples=n_samples, seed=seed, level=LEVEL)
     parts = ["## How", explanation, "## Verdict", checks_table(checks)]
     parts += ["## Scores", groups_table(results)]
-    parts += [DEPARTURES, departures_table(results), NETWORKS, networks_table(results)]
+    parts += [DEPARTURES, departures_table(results)]
+    if any("width" in r.problem for r in results):
+        parts += [NETWORKS, networks_table(results)]
     return parts

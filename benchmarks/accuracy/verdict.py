@@ -85,7 +85,7 @@ def verdict(results: Sequence[Result]) -> list[Check]:
             mean_square = float(np.mean(scores**2))
             checks.append(Check(f"{kernel}: mean square of {n} z", mean_square, low, high))
             bound, largest = normal_bound(n), float(np.max(np.abs(scores)))
-            checks.append(Check(f"{kernel}: largest of {n} |z|", largest, 0.0, bound))
+            checks.append(Check(f"{kernel}: largest of {n} abs(z)", largest, 0.0, bound))
         estimates = [r for r in layers if r.kernel == kernel and r.tolerance > 0]
         if estimates:
             bound = normal_bound(sum(r.entries for r in estimates))
@@ -98,7 +98,7 @@ def verdict(results: Sequence[Result]) -> list[Check]:
     limits = network_limits(results)
     bound = normal_bound(max(1, len(limits)))
     for (network, kernel), (limit, stderr) in limits.items():
-        name = f"{kernel}: networks of {network}, |z| of the limit"
+        name = f"{kernel}: softmax over {network}, abs(z) of the limit of networks"
         checks.append(Check(name, abs(limit) / stderr, 0.0, bound))
     return checks
 
