@@ -9,7 +9,7 @@ import difflib
 import pathlib
 import sys
 
-from derivations import class_axis, infinite_width, posterior
+from derivations import class_axis, infinite_width, positions, posterior
 from derivations.emit import COMMAND
 
 TARGET = pathlib.Path(__file__).parents[1] / "taylor_softmax" / "_generated"
@@ -19,7 +19,8 @@ PACKAGE_DOCSTRING = f'"""Closed forms emitted by `{COMMAND}`: do not edit."""\n'
 
 def render() -> dict[str, str]:
     """File name to content, of everything that belongs into the generated package."""
-    modules = (class_axis.module(), infinite_width.module(), posterior.module())
+    sources = (class_axis, infinite_width, positions, posterior)
+    modules = [source.module() for source in sources]
     return {"__init__.py": PACKAGE_DOCSTRING} | {f"{m.name}.py": m.render() for m in modules}
 
 

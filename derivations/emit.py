@@ -94,15 +94,18 @@ def _render_function(function: Function) -> str:
         lines.append(f"    {ready[0]} = {printer.doprint(ready[1])}")
         count += int(sp.count_ops(ready[1]))
     for (name, *_), expression in zip(function.outputs, reduced[len(symbols) :], strict=True):
+        if expression == sp.Symbol(name):  # a definition that is returned as it is
+            continue
         lines.append(f"    {name} = {printer.doprint(expression)}")
         count += int(sp.count_ops(expression))
 
     arguments = ", ".join(f"{argument}: Array" for argument in function.arguments)
-    returned = ", ".join(["Array"] * len(function.outputs))
+    n = len(function.outputs)
+    returned = "Array" if n == 1 else f"tuple[{', '.join(['Array'] * n)}]"
     meanings = [f"      {name}: `{meaning}`." for name, meaning, _ in function.outputs]
     return "\n".join(
         [
-            f"def {function.name}({arguments}) -> tuple[{returned}]:",
+            f"def {function.name}({arguments}) -> {returned}:",
             f'    """{function.summary}',
             "",
             f"    {count} operations. Returns, in this order:",

@@ -36,6 +36,7 @@ from jax.typing import ArrayLike
 
 from taylor_softmax import _quadrature, _surrogate
 from taylor_softmax._arguments import check_integer
+from taylor_softmax._generated.positions import observation_order_2, second_moment_order_2
 from taylor_softmax._pair import matmul
 
 # Nodes of the outer rule in each of t and s, order 2.
@@ -260,19 +261,23 @@ def _order_2(one: Input, two: Input, cov12: Array) -> Array:
             state: tuple[Array, Array, Array], k: Array
         ) -> tuple[tuple[Array, Array, Array], None]:
             cov, moved, log_phi = state
-            column, known = cov[:, k], 1 + rate[k] * cov[k, k]
-            gain = rate[k] / known
-            log_phi = log_phi - (jnp.log(known) + gain * moved[k] ** 2 + rate[k]) / 2
-            moved = moved - gain * moved[k] * column
-            return (cov - gain * column[:, None] * column, moved, log_phi), None
+            column = cov[:, k]
+            gain, shift, factor = observation_order_2(moved[k], cov[k, k], rate[k])
+            cov = cov - gain * column[:, None] * column
+            return (cov, moved + shift * column, log_phi + factor), None
 
         # `moved` is 1 + the mean.
         start = (sigma, jnp.ones_like(rate), jnp.zeros_like(t))
         (tilted, moved, log_phi), _ = lax.scan(observe, start, jnp.arange(2 * size))
-        alone = (moved**2 + jnp.diagonal(tilted) + 1) / 2
-        cross = tilted[:size, size:]
-        both = cross / 2 + moved[:size, None] * moved[size:]
-        return jnp.exp(log_phi) * (alone[:size, None] * alone[size:] + cross * both)
+        variance = jnp.diagonal(tilted)
+        moment = second_moment_order_2(
+            moved[:size, None],
+            variance[:size, None],
+            tilted[:size, size:],
+            moved[size:],
+            variance[size:],
+        )
+        return jnp.exp(log_phi) * moment
 
     first, second = scale(one), scale(two)
     # f_2 >= 1/2: beyond this exp(-t D) is 0 and powers of t would overflow.

@@ -23,8 +23,9 @@ import sympy as sp
 from numpy.polynomial import hermite_e
 
 from derivations import __main__ as command
-from derivations import class_axis, emit, infinite_width, posterior, taylor
+from derivations import class_axis, emit, infinite_width, positions, posterior, taylor
 from taylor_softmax._generated.class_axis import class_axis_order_2
+from taylor_softmax._generated.positions import observation_order_2, second_moment_order_2
 from taylor_softmax._generated.posterior import posterior_order_2
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -141,7 +142,7 @@ def test_what_is_not_python_is_left_alone(target, capsys):
 
 
 def test_generated_files_say_where_they_come_from(rendered):
-    modules = {"class_axis.py", "infinite_width.py", "posterior.py"}
+    modules = {"class_axis.py", "infinite_width.py", "positions.py", "posterior.py"}
     assert set(rendered) == {"__init__.py"} | modules
     for name, text in rendered.items():
         first = text.splitlines()[0]
@@ -455,6 +456,82 @@ def test_log_transform_of_a_logit_is_the_gaussian_integral(logit):
     numbers = {posterior.MEAN: mean, posterior.VARIANCE: variance, posterior.T: t}
     derived = (rational - sp.log(determinant) / 2).subs(numbers)
     assert float(derived) == pytest.approx(want, rel=1e-12)
+
+
+# Positions
+
+
+OBSERVATIONS = (
+    (1.0, 1.0, 0.7),
+    (0.3, 2.0, 5.0),
+    (-4.0, 1e-8, 3.0),
+    (2.0, 50.0, 1e4),
+    (3.0, 0.0, 1.0),
+)
+
+
+def observation_errors(observation, shift=0.0) -> list[float]:
+    """Of gain, shift and `log phi` in eps of their size; derivatives in the mean by mpmath."""
+    moved, variance, rate = observation
+    got = observation_order_2(*map(jnp.asarray, (moved + shift, variance, rate)))
+    with mpmath.workdps(DIGITS):
+
+        def function(mean):
+            return log_transform(mpmath.mpf(rate), mean, mpmath.mpf(variance))
+
+        mean = mpmath.mpf(moved) - 1
+        exact = (-mpmath.diff(function, mean, 2), mpmath.diff(function, mean), function(mean))
+        return [float(abs(float(g) - x) / abs(x) / EPS) for g, x in zip(got, exact, strict=True)]
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_observation_order_2(observation):
+    assert max(observation_errors(observation)) <= 8
+
+
+def test_a_perturbed_observation_is_noticed():
+    """Negative control; the gain does not depend on the mean."""
+    assert min(observation_errors((1.0, 1.0, 0.7), shift=1e-13)[1:]) > 8
+
+
+def test_an_observation_moves_the_others():
+    """Mean and covariance of all after one factor, against sums over a fine grid."""
+    covariance, rate = np.array([[1.0, 0.6], [0.6, 2.0]]), 0.8
+    x, weight = hermite_e.hermegauss(60)
+    grid = np.stack(np.meshgrid(x, x, indexing="ij"), -1) @ np.linalg.cholesky(covariance).T
+    tilt = np.exp(-rate * (1 + grid[..., 0] + grid[..., 0] ** 2 / 2)) * np.outer(weight, weight)
+    mean = np.einsum("ij,ijk->k", tilt, grid) / tilt.sum()
+    second = np.einsum("ij,ijk,ijl->kl", tilt, grid - mean, grid - mean) / tilt.sum()
+    gain, shift, log_phi = observation_order_2(
+        jnp.asarray(1.0), jnp.asarray(covariance[0, 0]), jnp.asarray(rate)
+    )
+    column = covariance[:, 0]
+    np.testing.assert_allclose(shift * column, mean, rtol=1e-10)
+    np.testing.assert_allclose(covariance - gain * np.outer(column, column), second, rtol=1e-10)
+    np.testing.assert_allclose(log_phi, np.log(tilt.sum() / weight.sum() ** 2), rtol=1e-10)
+
+
+@pytest.mark.parametrize("cov12", [0.0, 0.6, -1.2])
+def test_second_moment_of_two_logits(cov12):
+    moved, variances = (0.4, -1.5), (1.0, 2.0)
+    x, weight = hermite_e.hermegauss(20)
+    root = np.linalg.cholesky([[variances[0], cov12], [cov12, variances[1]]])
+    z = np.stack(np.meshgrid(x, x, indexing="ij"), -1) @ root.T + np.array(moved)
+    values = np.prod((z**2 + 1) / 2, -1)
+    want = np.sum(values * np.outer(weight, weight)) / weight.sum() ** 2
+    arguments = (moved[0], variances[0], cov12, moved[1], variances[1])
+    got = float(second_moment_order_2(*map(jnp.asarray, arguments)))
+    assert got == pytest.approx(want, rel=1e-12)
+    wrong = (moved[0], variances[0], cov12 + 1e-3, moved[1], variances[1])
+    got = float(second_moment_order_2(*map(jnp.asarray, wrong)))
+    assert got != pytest.approx(want, rel=1e-8)
+
+
+def test_second_moment_is_emitted_as_positive_terms_and_a_covariance():
+    emitted = positions.second_moment().outputs[0][2]
+    assert emitted.subs(infinite_width.COV12, 0).is_Mul
+    assert isinstance(emitted, sp.Add)
+    assert len(emitted.args) == 2
 
 
 def test_positive_terms():

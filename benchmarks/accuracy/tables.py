@@ -74,12 +74,12 @@ def networks_table(results: list[Result]) -> str:
 
 EXPLANATION = """\
 Every layer's NNGP and NTK on Gaussian logits, from `kernel_fn`, beside means over draws of
-`apply_fn` and of its derivative along random tangents: at least {samples:,} a setting (of networks
-as many over the width, or ten times that), seed {seed}. `z` is the difference over its standard error; over
-the grid it is tested against the standard normal: mean square and largest, each with a chance of
-{level:g} to fail a right kernel. Kernels over positions of other orders than 2 are estimates; they
-are held to their documented error. "stderr" (median) and "largest difference" are relative to the
-largest entry of the kernel."""
+`apply_fn` and of its derivative along random tangents: at least {samples:,} a setting, of networks
+as many over the width or ten times that; seed {seed}. `z` is the difference over its standard
+error; over the grid it is tested against the standard normal: mean square and largest, each with a
+chance of {level:g} to fail a right kernel. Kernels over positions of other orders than 2 are
+estimates; they are held to their documented error. "stderr" (median) and "largest difference" are
+relative to the largest entry of the kernel."""
 
 DEPARTURES = """\
 ## Distance from softmax
