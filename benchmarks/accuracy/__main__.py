@@ -28,7 +28,7 @@ from benchmarks.accuracy.problems import (
     layer_problems,
     network_problems,
 )
-from benchmarks.accuracy.sampling import contraction, sample
+from benchmarks.accuracy.sampling import sample
 from benchmarks.accuracy.tables import checks_table, sections
 from benchmarks.accuracy.verdict import Result, verdict
 from benchmarks.report import environment, progress, publish
@@ -53,7 +53,7 @@ def results_of(problem: Problem, seed: int, n_samples: int, devices: list[Any]) 
             worst = np.unravel_index(np.argmax(np.abs(matrix - mean[i])), matrix.shape)
             analytic, sampled, error = matrix[worst], mean[i][worst], stderr[i][worst]
         else:
-            analytic = np.sum(contraction(problem) * matrix)
+            analytic = np.sum(problem.weights() * matrix)
             sampled, error = mean[i], stderr[i]
         results.append(
             Result(
@@ -178,10 +178,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             checks = verdict(results)
             parts = ["# Accuracy", environment(COMMAND, arguments.given)]
-            parts += sections(results, checks, arguments.samples, arguments.seed)
+            paths = draw_all(results, arguments.output.parent, arguments.output.stem)
+            parts += sections(results, checks, arguments.samples, arguments.seed, paths)
             publish(parts, arguments.output.with_suffix(".md"))
-            for path in draw_all(results, arguments.output.parent, arguments.output.stem):
-                progress(f"saved {path}")
     failed = [check.name for check in checks if not check.passed]
     for name in failed:
         progress(f"FAILED {name}")

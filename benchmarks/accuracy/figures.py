@@ -78,6 +78,7 @@ def errors_against_order(results: Sequence[Result]) -> Figure:
             ax.errorbar(orders, sampled, stderr, fmt="o", ms=4, capsize=2, color=line.get_color())
         ax.set(yscale="log", xlabel="order", title=f"{kernel.upper()}, {N_CLASSES} classes")
         ax.set_ylim(1e-6, 2)
+        ax.set_xticks(sorted({p.order for p, _ in chosen if p.order is not None}))
     axes[0].set_ylabel("relative difference from softmax")
     axes[1].legend(title="variances; correlation", fontsize=7, title_fontsize=7)
     return figure
@@ -121,6 +122,8 @@ def networks(results: Sequence[Result]) -> Figure:
         if widths.size:
             ax.plot(widths, 3 / widths, "k:", lw=1, label="3 / width")
         ax.set(xscale="log", yscale="log", xlabel="width", title=kernel.upper())
+        ax.set_xticks(widths, [str(width) for width in widths], minor=False)
+        ax.set_xticks([], minor=True)
         ax.set_ylim(1e-4, 1e-1)
     axes[0].set_ylabel("relative deviation from infinite width")
     axes[0].legend(fontsize=7)

@@ -81,6 +81,15 @@ class LayerProblem:
     def n_positions(self) -> int:
         return self.size if self.axis == POSITIONS else 1
 
+    def weights(self) -> np.ndarray:
+        """`A` of the number `sum_pq A_pq K_pq` that is compared, `(positions, positions)`.
+
+        One number for each kernel, so that scores are independent; over positions a random one,
+        which an error in any entry changes.
+        """
+        n = self.n_positions
+        return np.random.default_rng(1).standard_normal((n, n)) / n if n > 1 else np.ones((1, 1))
+
     def root(self) -> np.ndarray:
         """A matrix root of the joint covariance of the logits of one unit at both inputs."""
         cross = self.rho * np.sqrt(self.var1 * self.var2)
@@ -213,9 +222,13 @@ class NetworkProblem:
         if self.network == CLASSES:
             return stax.serial(dense(width), stax.Relu(), dense(10), softmax_layer(CLASSES, None))
         if self.network == WIDTH:
-            return stax.serial(stax.Dense(width, W_std=0.8), softmax_layer(WIDTH, 4), dense(10))
+            return stax.serial(stax.Dense(width, W_std=1.3), softmax_layer(WIDTH, 4), dense(10))
         layer = softmax_layer(POSITIONS, 2)
         return stax.serial(conv(width, (3,), padding="SAME"), stax.Relu(), conv(8, (1,)), layer)
+
+    def weights(self) -> np.ndarray:
+        """The mean over positions: deviations are relative to it, and it is far from 0."""
+        return np.eye(self.n_positions) / self.n_positions
 
     def inputs(self) -> tuple[Array, Array]:
         rng = np.random.default_rng(0)
@@ -234,7 +247,7 @@ class NetworkProblem:
     def n_draws(self, n_samples: int) -> int:
         # In about the same time at any width: what networks deviate by falls as the width grows.
         # Jacobians of all positions cost the more.
-        share = 1 if self.network == POSITIONS else 10
+        share = 2 if self.network == POSITIONS else 10
         return max(100, share * n_samples // self.width)
 
     def numbers_per_draw(self, units: int) -> int:

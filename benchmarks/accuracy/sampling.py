@@ -30,23 +30,14 @@ class Estimate(NamedTuple):
     n_draws: int
 
 
-def contraction(problem: Problem) -> np.ndarray:
-    """The matrix `A` of the number `sum_pq A_pq K_pq` that is compared, `(positions, positions)`.
-
-    One number for each kernel, so that scores are independent; over positions a random one, which
-    an error in any entry changes.
-    """
-    n = problem.n_positions
-    return np.random.default_rng(1).standard_normal((n, n)) / n if n > 1 else np.ones((1, 1))
-
-
 def sample(
     problem: Problem, key: Array, n_samples: int, devices: Sequence[Any], *, entries: bool
 ) -> Estimate:
     """Estimates from at least `n_samples` draws, a share of them on each of `devices`.
 
     Args:
-      entries: estimate all entries of the `(positions, positions)` matrices, not a `contraction`.
+      entries: estimate all entries of the `(positions, positions)` matrices, in place of the sum
+        with `problem.weights`.
     """
     units, n_draws = problem.units(n_samples), problem.n_draws(n_samples)
     share = -(-n_draws // len(devices))
@@ -55,7 +46,7 @@ def sample(
 
     over_devices = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))
     keys = jax.device_put(random.split(key, len(devices)), over_devices)
-    weights = None if entries else jnp.asarray(contraction(problem))
+    weights = None if entries else jnp.asarray(problem.weights())
     sums = _sums(keys, problem.parameters(), weights, n_chunks, problem.template(), chunk, units)
     if (used := sums[0].sharding.device_set) != set(devices):
         raise RuntimeError(f"Samples were to be drawn on {devices}, but were drawn on {used}.")

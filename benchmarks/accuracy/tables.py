@@ -1,6 +1,7 @@
 """The report of a run, in Markdown."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def networks_table(results: list[Result]) -> str:
 EXPLANATION = """\
 Every layer's NNGP and NTK on Gaussian logits, from `kernel_fn`, beside means over draws of
 `apply_fn` and of its derivative along random tangents: at least {samples:,} a setting, of networks
-as many over the width or ten times that; seed {seed}. `z` is the difference over its standard
+two to ten times as many over the width; seed {seed}. `z` is the difference over its standard
 error; over the grid it is tested against the standard normal: mean square and largest, each with a
 chance of {level:g} to fail a right kernel. Kernels over positions of other orders than 2 are
 estimates; they are held to their documented error. "stderr" (median) and "largest difference" are
@@ -94,7 +95,46 @@ Deviation of networks of finite width from the analytic kernel, relative, in tho
 standard errors. "limit" is the intercept of a weighted least-squares line in `1 / width`."""
 
 
-def sections(results: list[Result], checks: list[Check], n_samples: int, seed: int) -> list[str]:
+FIGURES = {
+    "scores": "Histogram of the z-scores of exact kernels, and the standard normal density.",
+    "orders": "Difference from softmax's kernel against the order, for ten classes: lines are "
+    "analytic, points sampled.",
+    "correlations": "Kernels of Taylor softmax and of softmax against the correlation.",
+    "networks": "Networks of finite width: what they deviate by from the analytic kernel.",
+}
+
+LIMITS = """\
+## Limits
+
+Sampling resolves errors of about the standard errors above and no smaller ones: quadrature in
+`tests/` holds the class axis to 1e-7. Over an infinitely wide axis variances end at 1, since
+products of exponentials are too heavy-tailed to sample beyond, and a width stands in for infinity
+whose bias is a small part of the standard error. Networks are of one or two hidden layers and one
+pair of inputs. Covariances of positions are products of one between positions and one between
+inputs.
+
+## Reproduce
+
+    make accuracy                                    # the whole grid, on JAX's default device
+    make accuracy ACCURACY="--quick"                 # one minute, saved in build/
+    python -m benchmarks.accuracy --device gpu       # 10^8 samples a setting, on all GPUs
+    python -m benchmarks.accuracy --perturb classes  # negative control: exits 1
+
+A run that was interrupted goes on where it stopped, as long as code, versions, device, seed and
+number of samples are the same. The result file has every number, with all of these."""
+
+
+def figures_section(paths: Iterable[Path]) -> str:
+    parts = ["## Figures"]
+    for path in paths:
+        caption = FIGURES[path.stem.rpartition("-")[2]]
+        parts.append(f"![{caption}]({path.name})\n\n{caption}")
+    return "\n\n".join(parts)
+
+
+def sections(
+    results: list[Result], checks: list[Check], n_samples: int, seed: int, figures: Iterable[Path]
+) -> list[str]:
     """Of the report, in Markdown."""
     explanation = EXPLANATION.format(samples=n_samples, seed=seed, level=LEVEL)
     parts = ["## How", explanation, "## Verdict", checks_table(checks)]
@@ -102,4 +142,4 @@ def sections(results: list[Result], checks: list[Check], n_samples: int, seed: i
     parts += [DEPARTURES, departures_table(results)]
     if any("width" in r.problem for r in results):
         parts += [NETWORKS, networks_table(results)]
-    return parts
+    return [*parts, figures_section(figures), LIMITS]
