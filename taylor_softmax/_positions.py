@@ -318,7 +318,6 @@ def _polynomial(z: Array, components: Components, covariance: Array) -> Array:
     """The components of degree 0 to 2 at the points `z`, `(n, S)`."""
     mean, slope, curvature = components
     size = z.shape[-1]
-    # Not as a product with z z^T: reading that, XLA's CPU code (JAX 0.10.2) leaves its bounds.
     bend = matmul(z, curvature.reshape(-1, size).T).reshape(-1, size, size)
     excess = jnp.sum(bend * z[:, None, :], -1) - jnp.sum(curvature * covariance, (1, 2))
     return mean + matmul(z, slope.T) + excess / 2

@@ -23,7 +23,7 @@ SETTINGS = [
     *(
         (order, n, 4.0, 1e-6 if n > 2 else 1e-4)
         for order in (4, 6, 8, 16, None)
-        for n in (2, 3, 10, 1000)
+        for n in (2, 3, 10, 100, 1000)
     ),
     *((order, 10, 10.0, 1e-4) for order in (4, 6, 8, 16, None)),
     (32, 10, 4.0, 1e-6),
@@ -258,9 +258,10 @@ def test_table_agrees_with_direct(order, n, spread):
         x = jnp.where(jnp.arange(40)[:, None] == 7, 0, x * norms / jnp.max(norms) * 1.9)
     y = x[::-1] + 0.01 * x[5]
     a, c, b = jnp.sum(x**2, 1)[:, None], x @ y.T, jnp.sum(y**2, 1)[None]
-    direct, table, auto = (
+    # What "auto" chooses from does not depend on the order, and takes long to compile.
+    direct, *others = (
         _classes.covariances([Pairs(a, c, b)], n_classes=n, order=order, method=method)[0]
-        for method in ("direct", "table", "auto")
+        for method in (("direct", "table", "auto") if order == 2 else ("direct", "table"))
     )
     limit = 1e-7 if order == 2 else 1e-6
     for part in range(2):
@@ -270,8 +271,8 @@ def test_table_agrees_with_direct(order, n, spread):
         )
         # The input of norm 0 has I = 0; its slope and everybody else's have a scale.
         one = np.where(one > 0, one, 1)
-        assert np.max(np.abs(table[part] - direct[part]) / one) < limit
-        assert np.max(np.abs(auto[part] - direct[part]) / one) < limit
+        for other in others:
+            assert np.max(np.abs(other[part] - direct[part]) / one) < limit
 
 
 def test_table_knows_when_it_is_not_good_enough():
@@ -299,7 +300,7 @@ def test_one_table_serves_several_requests():
     x = random.normal(random.key(3), (36, 8)) / 3
     a = jnp.sum(x**2, 1)
     requests = [Pairs(a[:, None], x @ x.T, a[None]), Pairs(a, a, a)]
-    together = _classes.covariances(requests, n_classes=10, order=4)
+    together = _classes.covariances(requests, n_classes=10, order=2)
     np.testing.assert_allclose(jnp.diagonal(together[0][0]), together[1][0], rtol=1e-12)
 
 

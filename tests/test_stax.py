@@ -52,13 +52,13 @@ NETWORKS = {
     ),
     "infinite width, in the middle": (
         fully_connected(
-            stax.TaylorSoftmax(4, infinite_width=True), stax.Dense(8), width=512, logits=512
+            stax.TaylorSoftmax(4, infinite_width=True), stax.Dense(8), width=256, logits=256
         ),
         X1 / 2,
         X2 / 2,
     ),
     "softmax of infinite width": (
-        fully_connected(stax.Softmax(infinite_width=True), stax.Dense(8), width=512, logits=512),
+        fully_connected(stax.Softmax(infinite_width=True), stax.Dense(8), width=256, logits=256),
         X1 / 2,
         X2 / 2,
     ),
@@ -297,14 +297,15 @@ def test_hyperparameters_and_inputs_have_gradients(layer):
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices; conftest makes two on a CPU")
 def test_sharded_inputs_give_a_sharded_kernel():
-    x = random.normal(random.key(10), (64, 5))
+    # Few enough for quadrature; tests/test_classes.py has the table.
+    x = random.normal(random.key(10), (24, 5))
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("rows",)), PartitionSpec("rows"))
     *_, kernel_fn = fully_connected(stax.Softmax())
     compute = jax.jit(lambda x1, x2: kernel_fn(x1, x2, ("nngp", "ntk")))
-    sharded, whole = compute(jax.device_put(x, sharding), x[:40]), compute(x, x[:40])
+    sharded, whole = compute(jax.device_put(x, sharding), x[:20]), compute(x, x[:20])
     for get in ("nngp", "ntk"):
         result = getattr(sharded, get)
-        assert {shard.data.shape for shard in result.addressable_shards} == {(32, 40)}
+        assert {shard.data.shape for shard in result.addressable_shards} == {(12, 20)}
         np.testing.assert_allclose(result, getattr(whole, get), rtol=1e-10)
 
 

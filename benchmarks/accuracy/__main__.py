@@ -135,7 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="(JAX's default)")
-    parser.add_argument("--samples", type=int, help="a setting (CPU: 2e6, quick 1e5; else 1e8)")
+    parser.add_argument("--samples", type=int, help="a setting (CPU: 1e6, quick 1e5; else 1e8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a small grid, one minute")
     parser.add_argument("--output", type=Path, help="result file (docs/accuracy.json)")
@@ -159,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--device {arguments.device}: JAX has none here ({error})")
     if arguments.samples is None:
         on_cpu = arguments.devices[0].platform == "cpu"
-        arguments.samples = (100_000 if arguments.quick else 2_000_000) if on_cpu else 100_000_000
+        arguments.samples = (100_000 if arguments.quick else 1_000_000) if on_cpu else 100_000_000
     if arguments.samples < 1000:
         parser.error(f"--samples {arguments.samples}: at least 1000 are needed for a z-score")
     return arguments
