@@ -75,7 +75,7 @@ class LayerProblem:
         """Documented error over the largest entry, where the kernel is itself an estimate."""
         if self.axis != POSITIONS or self.order == 2:
             return 0.0
-        return 1e-2 if max(self.var1, self.var2) <= 1 else 3e-2
+        return 5e-3 if max(self.var1, self.var2) <= 1 else 2e-2
 
     @property
     def n_positions(self) -> int:
