@@ -75,9 +75,9 @@ def results_of(problem: Problem, seed: int, n_samples: int, devices: list[Any]) 
 
 
 def source_digest() -> str:
-    """Of the library and of this program: results of other code are not continued."""
+    """Of all that results depend on: those of other code are not continued."""
     library, program = Path(taylor_softmax.__file__).parent, Path(__file__).parent
-    files = sorted([*library.rglob("*.py"), *program.glob("*.py")])
+    files = [*sorted(library.rglob("*.py")), program / "problems.py", program / "sampling.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -86,7 +86,7 @@ def errors_against_order(results: Sequence[Result]) -> Figure:
 
 def kernels_against_correlation() -> Figure:
     """`I(rho)` of Taylor softmax and of softmax: analytic."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     rho = np.linspace(-1, 1, 101)
     for ax, variance in zip(axes, (0.5, 1.0, 4.0), strict=True):
         for order in (2, 4, 8, None):
@@ -102,29 +102,30 @@ def kernels_against_correlation() -> Figure:
 
 
 def networks(results: Sequence[Result]) -> Figure:
-    """Relative deviation of finite networks from the analytic kernel against their width."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for ax, kernel in zip(axes, ("nngp", "ntk"), strict=True):
-        of_kernel = [r for r in results if "width" in r.problem and r.kernel == kernel]
-        widths = np.array(sorted({r.problem["width"] for r in of_kernel}))
-        for network in dict.fromkeys(r.problem["network"] for r in of_kernel):
-            group = [r for r in of_kernel if r.problem["network"] == network]
-            ax.errorbar(
-                [r.problem["width"] for r in group],
-                [abs(r.mean / r.analytic - 1) for r in group],
-                [r.stderr / abs(r.analytic) for r in group],
-                fmt="o-",
-                ms=4,
-                lw=0.8,
-                capsize=2,
-                label=f"softmax over {network}",
-            )
-        if widths.size:
-            ax.plot(widths, 3 / widths, "k:", lw=1, label="3 / width")
-        ax.set(xscale="log", yscale="log", xlabel="width", title=kernel.upper())
-        ax.set_xticks(widths, [str(width) for width in widths], minor=False)
-        ax.set_xticks([], minor=True)
-        ax.set_ylim(1e-4, 1e-1)
-    axes[0].set_ylabel("relative deviation from infinite width")
-    axes[0].legend(fontsize=7)
+    """Relative deviation of finite networks from the analytic kernel, and the best `b / width`."""
+    of = [r for r in results if "width" in r.problem]
+    names = list(dict.fromkeys(r.problem["network"] for r in of))
+    figure, grid = plt.subplots(
+        2, len(names), figsize=(3.6 * len(names), 5.4), squeeze=False, layout="constrained"
+    )
+    for row, kernel in zip(grid, ("nngp", "ntk"), strict=True):
+        for ax, network in zip(row, names, strict=True):
+            group = [r for r in of if (r.kernel, r.problem["network"]) == (kernel, network)]
+            widths = np.array([r.problem["width"] for r in group])
+            deviation = np.array([r.mean / r.analytic - 1 for r in group])
+            stderr = np.array([r.stderr / abs(r.analytic) for r in group])
+            weight = 1 / (widths * stderr)
+            slope = np.sum(weight * deviation / stderr) / np.sum(weight**2)
+            ax.axhline(0, color="0.7", lw=0.8)
+            ax.errorbar(widths, deviation, stderr, fmt="o", ms=4, capsize=2)
+            fine = np.geomspace(widths.min(), widths.max(), 100)
+            ax.plot(fine, slope / fine, "k--", lw=1, label=f"{slope:.2g} / width")
+            ax.set(xscale="log", title=f"{kernel.upper()}, softmax over {network}")
+            ax.set_xticks(widths, [str(width) for width in widths], fontsize=8)
+            ax.set_xticks([], minor=True)
+            ax.legend(frameon=False, fontsize=8)
+    for ax in grid[-1]:
+        ax.set_xlabel("width")
+    for ax in grid[:, 0]:
+        ax.set_ylabel("relative deviation")
     return figure

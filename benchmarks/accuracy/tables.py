@@ -100,7 +100,8 @@ FIGURES = {
     "orders": "Difference from softmax's kernel against the order, for ten classes: lines are "
     "analytic, points sampled.",
     "correlations": "Kernels of Taylor softmax and of softmax against the correlation.",
-    "networks": "Networks of finite width: what they deviate by from the analytic kernel.",
+    "networks": "Networks of finite width: relative deviation from the analytic kernel, and the "
+    "multiple of 1 / width that fits it best.",
 }
 
 LIMITS = """\
