@@ -89,12 +89,13 @@ class Expansion(NamedTuple):
       components: the polynomial.
       root: Cholesky factor of the covariance, `(S, S)`.
       residual: of the outputs at the points that `root` makes of the first half of the normal ones,
-        `(n_points, S)`: the same for every pair in which the input is the first.
+        `(n_points, S)`: the same for every pair in which the input is the first. None without
+        points.
     """
 
     components: Components
     root: Array
-    residual: Array
+    residual: Array | None
 
 
 def joint_second_moment(
@@ -174,7 +175,7 @@ def prepare(covariance: Array, present: Array, *, order: int | None, n_points: i
         root = _cholesky(covariance, covariance)
         components = _components(root, present, order)
         if n_points == 0:
-            return Expansion(components, root, jnp.zeros((0, size), covariance.dtype))
+            return Expansion(components, root, None)
         z = matmul(_normal_points(n_points, 2 * size, covariance.dtype)[:, :size], root.T)
         value, _, _ = _surrogate.ratios(z, present, order=order)
         return Expansion(components, root, value - _polynomial(z, components, covariance))
@@ -348,7 +349,7 @@ def _series_and_residual(
     derivative = None
     if theta is not None:
         derivative = matmul(matmul(left.slope, theta), right.slope.T) + degree_2(cov12, theta)
-    if n_points == 0:
+    if one.expansion.residual is None:
         return moment, derivative
 
     # A root of the joint covariance, whose first block belongs to the first input alone.
