@@ -22,12 +22,7 @@ from tqdm import tqdm
 
 import taylor_softmax
 from benchmarks.accuracy.figures import draw_all
-from benchmarks.accuracy.problems import (
-    LayerProblem,
-    Problem,
-    layer_problems,
-    network_problems,
-)
+from benchmarks.accuracy.problems import Problem, layer_problems, network_problems
 from benchmarks.accuracy.sampling import sample
 from benchmarks.accuracy.tables import checks_table, sections
 from benchmarks.accuracy.verdict import Result, verdict
@@ -39,14 +34,12 @@ COMMAND = "benchmarks.accuracy"
 
 def results_of(problem: Problem, seed: int, n_samples: int, devices: list[Any]) -> list[Result]:
     """Analytic and sampled kernels of one problem."""
-    is_layer = isinstance(problem, LayerProblem)
-    tolerance = problem.tolerance if is_layer else 0.0
-    estimated = tolerance > 0
+    estimated = problem.tolerance > 0
     # A key that the problem's place in the grid does not change.
     key = random.fold_in(random.key(seed), zlib.crc32(problem.name.encode()))
     mean, stderr, n_draws = sample(problem, key, n_samples, devices, entries=estimated)
-    kernels = problem.analytic(problem.order) if is_layer else problem.analytic()
-    departures = problem.departure() if is_layer else (None, None)
+    kernels = problem.analytic()
+    departures = problem.departure(kernels)
     results = []
     for i, (kernel, matrix) in enumerate(zip(("nngp", "ntk"), kernels, strict=True)):
         if estimated:
@@ -65,7 +58,7 @@ def results_of(problem: Problem, seed: int, n_samples: int, devices: list[Any]) 
                 stderr=float(error),
                 scale=float(np.max(np.abs(matrix))),
                 entries=matrix.size if estimated else 1,
-                tolerance=tolerance,
+                tolerance=problem.tolerance,
                 n_draws=n_draws,
                 departure=departures[i],
                 problem=dataclasses.asdict(problem),

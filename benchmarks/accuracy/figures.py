@@ -13,7 +13,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from benchmarks.accuracy.problems import CLASSES, LayerProblem, layer_name
-from benchmarks.accuracy.verdict import Result
+from benchmarks.accuracy.verdict import Result, series_of_networks
 from taylor_softmax import class_covariance
 
 N_CLASSES = 10
@@ -26,7 +26,7 @@ def draw_all(results: Sequence[Result], folder: Path, stem: str) -> list[Path]:
         "orders": errors_against_order(results),
         "correlations": kernels_against_correlation(),
     }
-    if any("width" in r.problem for r in results):
+    if any(r.of_network for r in results):
         figures["networks"] = networks(results)
     paths = []
     for name, figure in figures.items():
@@ -43,9 +43,7 @@ def scores(results: Sequence[Result]) -> Figure:
     x = np.linspace(-4.5, 4.5, 200)
     for ax, kernel in zip(axes, ("nngp", "ntk"), strict=True):
         exact = [
-            r.score
-            for r in results
-            if r.kernel == kernel and r.tolerance == 0 and r.departure is not None
+            r.score for r in results if r.kernel == kernel and r.tolerance == 0 and not r.of_network
         ]
         ax.hist(exact, np.linspace(-4.5, 4.5, 28), density=True, color="0.75")
         ax.plot(x, scipy.stats.norm.pdf(x), "k-", lw=1)
@@ -103,17 +101,16 @@ def kernels_against_correlation() -> Figure:
 
 def networks(results: Sequence[Result]) -> Figure:
     """Relative deviation of finite networks from the analytic kernel, and the best `b / width`."""
-    of = [r for r in results if "width" in r.problem]
-    names = list(dict.fromkeys(r.problem["network"] for r in of))
+    series = series_of_networks(results)
+    names = list(dict.fromkeys(network for network, _ in series))
     figure, grid = plt.subplots(
         2, len(names), figsize=(3.6 * len(names), 5.4), squeeze=False, layout="constrained"
     )
     for row, kernel in zip(grid, ("nngp", "ntk"), strict=True):
         for ax, network in zip(row, names, strict=True):
-            group = [r for r in of if (r.kernel, r.problem["network"]) == (kernel, network)]
+            group = series[network, kernel]
             widths = np.array([r.problem["width"] for r in group])
-            deviation = np.array([r.mean / r.analytic - 1 for r in group])
-            stderr = np.array([r.stderr / abs(r.analytic) for r in group])
+            deviation, stderr = np.transpose([r.deviation for r in group])
             weight = 1 / (widths * stderr)
             slope = np.sum(weight * deviation / stderr) / np.sum(weight**2)
             ax.axhline(0, color="0.7", lw=0.8)

@@ -114,18 +114,18 @@ class LayerProblem:
             return first[None], second[None]
         return first, second
 
-    def analytic(self, order: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """NNGP and NTK of the layer, `(positions, positions)`; `order` may be another's."""
-        nngp, ntk = _layer_kernel(self.axis, order, self.size)(*self.inputs())
+    def analytic(self) -> tuple[np.ndarray, np.ndarray]:
+        """NNGP and NTK of the layer, `(positions, positions)`."""
+        nngp, ntk = _layer_kernel(self.axis, self.order, self.size)(*self.inputs())
         shape = self.n_positions, self.n_positions
         return np.asarray(nngp).reshape(shape), np.asarray(ntk).reshape(shape)
 
-    def departure(self) -> tuple[float, float]:
-        """Largest difference of NNGP and NTK from softmax's own, over its largest entry.
+    def departure(self, own: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+        """Largest difference of the `analytic` kernels from softmax's own, over its largest entry.
 
         Of classes' NNGP the part beyond the squared mean, `1 / n^2`, which both have.
         """
-        own, softmax = self.analytic(self.order), self.analytic(None)
+        softmax = dataclasses.replace(self, order=None).analytic()
         means = (1 / self.size**2 if self.axis == CLASSES else 0.0), 0.0
         nngp, ntk = (
             float(np.max(np.abs(a - b)) / np.max(np.abs(b - mean)))
@@ -203,6 +203,8 @@ class NetworkProblem:
     network: str
     width: int
 
+    tolerance = 0.0
+
     @property
     def name(self) -> str:
         return f"{self.network}, width {self.width}"
@@ -240,6 +242,9 @@ class NetworkProblem:
         nngp, ntk = _network_kernel(self.network)
         shape = self.n_positions, self.n_positions
         return nngp.reshape(shape), ntk.reshape(shape)
+
+    def departure(self, own: tuple[np.ndarray, np.ndarray]) -> tuple[None, None]:
+        return None, None
 
     def units(self, n_samples: int) -> int:
         return 8 if self.network == POSITIONS else 10

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.accuracy.verdict import LEVEL, Check, Result, network_limits
+from benchmarks.accuracy.verdict import (
+    LEVEL,
+    Check,
+    Result,
+    network_limits,
+    series_of_networks,
+)
 from benchmarks.report import table
 
 
@@ -20,7 +26,7 @@ def checks_table(checks: Iterable[Check]) -> str:
 def groups_table(results: list[Result]) -> str:
     """Scores and relative errors by group and kernel."""
     rows = []
-    groups = dict.fromkeys((r.group, r.kernel) for r in results if "width" not in r.problem)
+    groups = dict.fromkeys((r.group, r.kernel) for r in results if not r.of_network)
     for group, kernel in groups:
         of = [r for r in results if (r.group, r.kernel) == (group, kernel)]
         z = np.array([r.score for r in of])
@@ -55,21 +61,15 @@ def departures_table(results: list[Result]) -> str:
 
 
 def networks_table(results: list[Result]) -> str:
-    of = [r for r in results if "width" in r.problem]
-    limits = network_limits(results)
-    widths = sorted({r.problem["width"] for r in of})
+    widths = sorted({r.problem["width"] for r in results if r.of_network})
+    series = series_of_networks(results)
     rows = []
-    for (network, kernel), (limit, stderr) in limits.items():
-        row = [f"{kernel}, softmax over {network}"]
-        for width in widths:
-            (r,) = (
-                r
-                for r in of
-                if (r.kernel, r.problem["network"], r.problem["width"]) == (kernel, network, width)
-            )
-            error = r.stderr / abs(r.analytic)
-            row.append(f"{1e3 * (r.mean / r.analytic - 1):+.1f} ± {1e3 * error:.1f}")
-        rows.append([*row, f"{1e3 * limit:+.1f} ± {1e3 * stderr:.1f}"])
+    for (network, kernel), limit in network_limits(results).items():
+        at = {r.problem["width"]: r.deviation for r in series[network, kernel]}
+        cells = [
+            f"{1e3 * d:+.1f} ± {1e3 * e:.1f}" for d, e in (*(at[width] for width in widths), limit)
+        ]
+        rows.append([f"{kernel}, softmax over {network}", *cells])
     return table(["relative deviation / 1e-3", *(f"width {w}" for w in widths), "limit"], rows)
 
 
@@ -110,8 +110,8 @@ LIMITS = """\
 Sampling resolves errors of about the standard errors above and no smaller ones: quadrature in
 `tests/` holds the class axis to 1e-7. Over an infinitely wide axis variances end at 1, since
 products of exponentials are too heavy-tailed to sample beyond, and a width stands in for infinity
-whose bias is a small part of the standard error. Networks are of one or two hidden layers and one
-pair of inputs. Covariances of positions are products of one between positions and one between
+whose bias is a small part of the standard error. Networks have one hidden layer, and one pair
+of inputs. Covariances of positions are products of one between positions and one between
 inputs.
 
 ## Reproduce
@@ -141,6 +141,6 @@ def sections(
     parts = ["## How", explanation, "## Verdict", checks_table(checks)]
     parts += ["## Scores", groups_table(results)]
     parts += [DEPARTURES, departures_table(results)]
-    if any("width" in r.problem for r in results):
+    if any(r.of_network for r in results):
         parts += [NETWORKS, networks_table(results)]
     return [*parts, figures_section(figures), LIMITS]

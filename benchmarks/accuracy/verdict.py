@@ -45,6 +45,16 @@ class Result(NamedTuple):
         """`(analytic - mean) / stderr`, standard normal if the kernel is right."""
         return (self.analytic - self.mean) / self.stderr
 
+    @property
+    def of_network(self) -> bool:
+        """Of a network of finite width, not of a layer."""
+        return "width" in self.problem
+
+    @property
+    def deviation(self) -> tuple[float, float]:
+        """Of sampling from the analytic kernel, relative, and its standard error."""
+        return self.mean / self.analytic - 1, self.stderr / abs(self.analytic)
+
     def perturbed(self, relative: float) -> "Result":
         return self._replace(analytic=self.analytic * (1 + relative))
 
@@ -76,7 +86,7 @@ def verdict(results: Sequence[Result]) -> list[Check]:
     held to their documented error, widened by the sampling error; wide networks to the analytic
     kernel in the limit.
     """
-    layers = [r for r in results if "width" not in r.problem]
+    layers = [r for r in results if not r.of_network]
     checks = []
     for kernel in ("nngp", "ntk"):
         scores = np.array([r.score for r in layers if r.kernel == kernel and r.tolerance == 0])
@@ -103,22 +113,26 @@ def verdict(results: Sequence[Result]) -> list[Check]:
     return checks
 
 
+def series_of_networks(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Those of networks, by network and kernel: one result for every width."""
+    series: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if result.of_network:
+            series.setdefault((result.problem["network"], result.kernel), []).append(result)
+    return series
+
+
 def network_limits(results: Sequence[Result]) -> dict[tuple[str, str], tuple[float, float]]:
     """Relative deviation from the analytic kernel at infinite width, and its standard error.
 
     The intercept of a weighted least-squares line in `1 / width`.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        if "width" in result.problem:
-            groups.setdefault((result.problem["network"], result.kernel), []).append(result)
     limits = {}
-    for key, group in groups.items():
-        if len(group) < 2:
+    for key, series in series_of_networks(results).items():
+        if len(series) < 2:
             continue
-        inverse = np.array([1 / r.problem["width"] for r in group])
-        deviation = np.array([r.mean / r.analytic - 1 for r in group])
-        stderr = np.array([r.stderr / abs(r.analytic) for r in group])
+        inverse = np.array([1 / r.problem["width"] for r in series])
+        deviation, stderr = np.transpose([r.deviation for r in series])
         design = np.stack([np.ones_like(inverse), inverse], axis=1) / stderr[:, None]
         covariance = np.linalg.inv(design.T @ design)
         intercept, _ = covariance @ design.T @ (deviation / stderr)
