@@ -9,7 +9,7 @@ import difflib
 import pathlib
 import sys
 
-from derivations import class_axis, infinite_width, positions, posterior
+from derivations import class_axis, infinite_width, position_axis, probabilities
 from derivations.emit import COMMAND
 
 TARGET = pathlib.Path(__file__).parents[1] / "taylor_softmax" / "_generated"
@@ -19,7 +19,7 @@ PACKAGE_DOCSTRING = f'"""Closed forms emitted by `{COMMAND}`: do not edit."""\n'
 
 def render() -> dict[str, str]:
     """File name to content, of everything that belongs into the generated package."""
-    sources = (class_axis, infinite_width, positions, posterior)
+    sources = (class_axis, infinite_width, position_axis, probabilities)
     modules = [source.module() for source in sources]
     return {"__init__.py": PACKAGE_DOCSTRING} | {f"{m.name}.py": m.render() for m in modules}
 

@@ -11,40 +11,24 @@ from typing import Any
 import sympy as sp
 
 from derivations.emit import Function, Module
-from derivations.taylor import taylor_polynomial
-
-VAR1, VAR2, T, S = sp.symbols("var1 var2 t s", positive=True)
-COV12 = sp.Symbol("cov12", real=True)
-
-
-def gaussian_log_integral(
-    weight: sp.Expr, variables: sp.Matrix, covariance: sp.Matrix
-) -> tuple[Any, Any]:
-    """`log E[exp(weight)]` for a quadratic `weight` of `variables ~ N(0, covariance)`.
-
-    Completing the square, with `exponent = -z^T M z / 2 + h^T z + k`:
-    `log E = h^T M^-1 h / 2 + k - log(det(M covariance)) / 2`.
-
-    Returns:
-      `(rational, determinant)` such that `log E = rational - log(determinant) / 2`.
-    """
-    exponent = sp.expand(-(variables.T * covariance.inv() * variables)[0] / 2 + weight)
-    symbols = variables.flat()
-    origin = dict.fromkeys(symbols, 0)
-    precision = -sp.hessian(exponent, symbols)
-    linear = sp.Matrix([exponent.diff(z).subs(origin) for z in symbols])
-    constant = exponent.subs(origin)
-    determinant = sp.factor(sp.simplify(precision.det() * covariance.det()))
-    rational = sp.factor((linear.T * precision.inv() * linear)[0] / 2 + constant)
-    return rational, sp.expand(determinant)
+from derivations.gaussian import (
+    COV12,
+    VAR1,
+    VAR2,
+    S,
+    T,
+    U,
+    V,
+    gaussian_log_integral,
+    taylor_polynomial,
+)
 
 
 def log_transform() -> tuple[Any, Any]:
     """`(rational, D)` with `L(t, s) = rational - log(D) / 2` at order 2."""
-    u, v = sp.symbols("u v", real=True)
-    weight = -T * taylor_polynomial(u, 2) - S * taylor_polynomial(v, 2)
+    weight = -T * taylor_polynomial(U, 2) - S * taylor_polynomial(V, 2)
     covariance = sp.Matrix([[VAR1, COV12], [COV12, VAR2]])
-    return gaussian_log_integral(weight, sp.Matrix([u, v]), covariance)
+    return gaussian_log_integral(weight, sp.Matrix([U, V]), covariance)
 
 
 def in_powers_of(base: sp.Expr, inverse: sp.Symbol, expression: sp.Expr) -> Any:

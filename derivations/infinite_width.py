@@ -4,36 +4,12 @@ With `(u, v) ~ N(0, [[var1, cov12], [cov12, var2]])` and the Taylor polynomial `
 `E[f_m(u) f_m(v)] / (E f_m(u) E f_m(v))` and the factor of the NTK has `f_m'` in the numerator.
 """
 
-import functools
-
 import sympy as sp
 
 from derivations.emit import Function, Module
-from derivations.taylor import taylor_polynomial
+from derivations.gaussian import COV12, VAR1, VAR2, U, V, expectation, taylor_polynomial
 
 ORDERS = (2, 4, 6, 8, 10, 12)
-
-VAR1, VAR2 = sp.symbols("var1 var2", nonnegative=True)
-COV12 = sp.Symbol("cov12", real=True)
-U, V = sp.symbols("u v", real=True)
-
-
-@functools.cache
-def moment(i: int, j: int) -> sp.Expr:
-    """`E[u^i v^j]` by Gaussian integration by parts (Stein's lemma), from `E[1] = 1`."""
-    if i < 0 or j < 0:
-        return sp.Integer(0)
-    if i == j == 0:
-        return sp.Integer(1)
-    if i == 0:
-        return (j - 1) * VAR2 * moment(0, j - 2)
-    return sp.expand((i - 1) * VAR1 * moment(i - 2, j) + j * COV12 * moment(i - 1, j - 1))
-
-
-def expectation(polynomial: sp.Expr) -> sp.Expr:
-    """`E[p(u, v)]` for a polynomial `p`."""
-    terms = sp.Poly(sp.expand(polynomial), U, V).terms()
-    return sp.expand(sum(coefficient * moment(i, j) for (i, j), coefficient in terms))
 
 
 def horner_form(polynomial: sp.Expr) -> sp.Expr:

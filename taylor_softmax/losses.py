@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, nn
 
-from taylor_softmax import _surrogate
+from taylor_softmax._numerics import surrogate
 
 
 def cross_entropy(
@@ -36,7 +36,7 @@ def cross_entropy(
       TypeError: `order` is not an integer.
       ValueError: `order` is odd or below 2, or given although outputs are probabilities.
     """
-    order = _surrogate.check_order(order)
+    order = surrogate.check_order(order)
     if probabilities and order is not None:
         raise ValueError(
             f"`order` must be None with `probabilities=True`, got {order}: the network has applied "
@@ -57,7 +57,7 @@ def cross_entropy(
 
 def _log_softmax(order: int | None) -> Callable[[Array], Array]:
     def log_softmax(fx: Array) -> Array:
-        return nn.log_softmax(_surrogate.log_value(fx, order=order))
+        return nn.log_softmax(surrogate.log_value(fx, order=order))
 
     return log_softmax
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from jax.typing import ArrayLike
 
-from taylor_softmax import _surrogate
-from taylor_softmax._arguments import check_integer
-from taylor_softmax._classes import check_n_classes
-from taylor_softmax._positions import broadcast_covariances
+from taylor_softmax._class_axis.covariance import check_n_classes
+from taylor_softmax._numerics import surrogate
+from taylor_softmax._numerics.arguments import check_integer
+from taylor_softmax._position_axis.moments import broadcast_covariances
 
 # Numbers drawn at once, over all pairs: 32 MB in float64.
 _CHUNK = 1 << 22
@@ -60,7 +60,7 @@ def class_second_moment(
     Raises:
       TypeError, ValueError: `n_classes`, `order` or `n_samples` is not one of the above.
     """
-    n_classes, order = check_n_classes(n_classes), _surrogate.check_order(order)
+    n_classes, order = check_n_classes(n_classes), surrogate.check_order(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
     arrays = tuple(jnp.asarray(x) for x in (var1, cov12, var2))
     dtype = jnp.result_type(float, *arrays)
@@ -105,7 +105,7 @@ def joint_second_moment(
       TypeError, ValueError: `order` or `n_samples` is not one of the above; a covariance is not of
         shape `(..., S, S)`.
     """
-    order = _surrogate.check_order(order)
+    order = surrogate.check_order(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
     covs = broadcast_covariances(cov11, cov12, cov22)
     shape, size = covs[0].shape, covs[0].shape[-1]
@@ -159,7 +159,7 @@ def _second_moment(
     # Chan's update of mean and sum of squared deviations: sums of squares would cancel.
     def merge(state: tuple[Array, Array, Array], key: Array, n: int) -> tuple[Array, Array, Array]:
         count, mean, deviation = state
-        left, right = (_surrogate.softmax(z, order=order) for z in draw(key, factors, (n, *shape)))
+        left, right = (surrogate.softmax(z, order=order) for z in draw(key, factors, (n, *shape)))
         samples = left[..., :, None] * right[..., None, :]
         chunk_mean = jnp.mean(samples, 0)
         chunk_deviation = jnp.sum((samples - chunk_mean) ** 2, 0)

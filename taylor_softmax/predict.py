@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from taylor_softmax import _posterior, _surrogate
+from taylor_softmax._numerics import surrogate
+from taylor_softmax._probabilities import moments as _posterior
 
 
 class ClassPosterior(NamedTuple):
@@ -30,8 +31,9 @@ def class_probabilities(mean: ArrayLike, variance: ArrayLike, *, order: int | No
         E[y_i] = int_0^inf -phi_i'(t) prod_{j != i} phi_j(t) dt,
 
     without approximation other than quadrature: see the docstring of the module
-    `taylor_softmax._posterior`. It is the probability of each class where the logits have a
-    Gaussian posterior, which others approximate by the softmax of scaled means or by samples.
+    `taylor_softmax._probabilities.moments`. It is the probability of each class where the logits
+    have a Gaussian posterior, which others approximate by the softmax of scaled means or by
+    samples.
 
     Largest error for variances up to 100, as tested: 2e-7 in float64, 2e-6 in float32. Values stay
     finite beyond. Probabilities are divided by their sum, which differs from 1 by about the error:
@@ -66,8 +68,9 @@ def class_probability_covariance(
 
     From `E[y_i y_j] = int_0^inf t phi_i' phi_j' prod_{k != i, j} phi_k dt` (for `i = j`:
     `t phi_i'' prod_{k != i} phi_k`), in a form in which nothing cancels: see the docstring of the
-    module `taylor_softmax._posterior`. Symmetric; positive semi-definite and with rows that sum to
-    0 up to rounding. As accurate as `class_probabilities`, whose arguments and errors it has.
+    module `taylor_softmax._probabilities.moments`. Symmetric; positive semi-definite and with rows
+    that sum to 0 up to rounding. As accurate as `class_probabilities`, whose
+    arguments and errors it has.
 
     Returns:
       Covariances, shape `(..., C, C)`. They are of the probabilities; that of the one-hot label is
@@ -126,7 +129,7 @@ def class_posterior(gaussian: Any, *, order: int | None = None) -> ClassPosterio
 def _moments(
     mean: ArrayLike, variance: ArrayLike, order: int | None, *, covariance: bool
 ) -> _posterior.Moments:
-    order = _surrogate.check_order(order)
+    order = surrogate.check_order(order)
     mean, variance = jnp.asarray(mean), jnp.asarray(variance)
     for name, array in (("mean", mean), ("variance", variance)):
         if jnp.issubdtype(array.dtype, jnp.complexfloating):

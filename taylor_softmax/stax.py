@@ -21,9 +21,12 @@ from neural_tangents._src.utils.utils import interleave_ones
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 from neural_tangents.stax import Bool, Diagonal, layer, requires, supports_masking
 
-from taylor_softmax import _classes, _positions, _surrogate, _width
-from taylor_softmax._arguments import check_integer
-from taylor_softmax._classes import Method, Pairs
+from taylor_softmax import _infinite_width
+from taylor_softmax._class_axis import covariance
+from taylor_softmax._class_axis.covariance import Method, Pairs
+from taylor_softmax._numerics import surrogate
+from taylor_softmax._numerics.arguments import check_integer
+from taylor_softmax._position_axis import moments as position_axis
 
 _Layer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
@@ -37,7 +40,7 @@ def TaylorSoftmax(
     *,
     batch_axis: int = 0,
     method: Method = "auto",
-    n_points: int = _positions.DEFAULT_POINTS,
+    n_points: int = position_axis.DEFAULT_POINTS,
 ) -> _Layer:
     """Taylor softmax: `y_i = f(z_i) / sum_j f(z_j)` with `f(z) = sum_{k <= order} z^k / k!`.
 
@@ -81,7 +84,7 @@ def TaylorSoftmax(
         the batch axis; the input of `kernel_fn` is not Gaussian.
       NotImplementedError: `kernel_fn` for what has no kernel here, naming what has.
     """
-    order_checked = _surrogate.check_order(order, allow_softmax=False)
+    order_checked = surrogate.check_order(order, allow_softmax=False)
     if order_checked > _LARGEST_FINITE_ORDER and not infinite_width:
         raise NotImplementedError(
             f"`order` over a finite axis is at most {_LARGEST_FINITE_ORDER}, got {order}. Its "
@@ -99,7 +102,7 @@ def Softmax(
     *,
     batch_axis: int = 0,
     method: Method = "auto",
-    n_points: int = _positions.DEFAULT_POINTS,
+    n_points: int = position_axis.DEFAULT_POINTS,
 ) -> _Layer:
     """Softmax: `y_i = exp(z_i) / sum_j exp(z_j)`.
 
@@ -178,7 +181,7 @@ def _softmax_layer(
 ) -> _Layer:
     _check_axis(axis)
     n_points = check_integer("n_points", n_points, least=0)
-    _classes.check_method(method)
+    covariance.check_method(method)
     if not isinstance(infinite_width, bool):
         raise TypeError(f"`infinite_width` must be a boolean, got {infinite_width!r}.")
 
@@ -192,7 +195,7 @@ def _softmax_layer(
         # A mask has size 1 along the channels, of which none is missing.
         if mask is not None and all(mask.shape[i] == inputs.shape[i] > 1 for i in axes):
             where = ~mask
-        outputs = _surrogate.softmax(inputs, order=order, axis=axes, where=where)
+        outputs = surrogate.softmax(inputs, order=order, axis=axes, where=where)
         if infinite_width:
             outputs = outputs * functools.reduce(operator.mul, (inputs.shape[i] for i in axes))
         return outputs
@@ -225,13 +228,16 @@ def _softmax_layer(
         if not over_channels:
             return _spatial_softmax(k, axes, order, n_points)
         if infinite_width:
-            moments = [_width.moments(*pairs, order=order) for pairs in _pairs_of_inputs(k)]
+            moments = [
+                _infinite_width.moments(*pairs, order=order) for pairs in _pairs_of_inputs(k)
+            ]
             return _replace_covariances(k, moments)
         n = k.shape1[k.channel_axis]
-        results = _classes.covariances(_pairs_of_inputs(k), n_classes=n, order=order, method=method)
+        results = covariance.covariances(
+            _pairs_of_inputs(k), n_classes=n, order=order, method=method
+        )
         moments = [
-            (1 / n**2 + (1 - 1 / n) * covariance, (1 - 1 / n) * slope)
-            for covariance, slope in results
+            (1 / n**2 + (1 - 1 / n) * value, (1 - 1 / n) * slope) for value, slope in results
         ]
         return _replace_covariances(k, moments)
 
@@ -306,7 +312,7 @@ def _spatial_softmax(k: Any, axes: tuple[int, ...], order: int | None, n_points:
 
     batch_ndim = 1 if k.diagonal_batch else 2
 
-    def inputs(cov: Array, mask: Array | None) -> _positions.Input:
+    def inputs(cov: Array, mask: Array | None) -> position_axis.Input:
         """One for each batch entry and position along the other axes."""
         cov = split(cov, batch_ndim)
         if not k.diagonal_batch:
@@ -319,7 +325,7 @@ def _spatial_softmax(k: Any, axes: tuple[int, ...], order: int | None, n_points:
             mask = jnp.broadcast_to(mask, (n, *sizes))
             order_of_axes = [0, *(1 + i for i in (*rest, *over))]
             present = 1.0 - mask.transpose(order_of_axes).reshape(present.shape)
-        return _positions.prepare(
+        return position_axis.prepare(
             cov.reshape(-1, n_over, n_over),
             present.reshape(-1, n_over).astype(cov.dtype),
             order=order,
@@ -327,7 +333,11 @@ def _spatial_softmax(k: Any, axes: tuple[int, ...], order: int | None, n_points:
         )
 
     def evaluate(
-        one: _positions.Input, two: _positions.Input, cov: Array, ntk: Array | None, batch_ndim: int
+        one: position_axis.Input,
+        two: position_axis.Input,
+        cov: Array,
+        ntk: Array | None,
+        batch_ndim: int,
     ) -> tuple[Array, Array | None]:
         batch, given = cov.shape[:batch_ndim], split(cov, batch_ndim)
         theta = None if ntk is None else split(jnp.broadcast_to(ntk, cov.shape), batch_ndim)
@@ -335,7 +345,7 @@ def _spatial_softmax(k: Any, axes: tuple[int, ...], order: int | None, n_points:
         # The first and the last of the batch axes: one where the batch is diagonal.
         first = index[0] * n_rest + index[-2]
         second = index[batch_ndim - 1] * n_rest + index[-1]
-        results = _positions.second_moments(
+        results = position_axis.second_moments(
             one,
             two,
             first,

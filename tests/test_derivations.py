@@ -23,10 +23,10 @@ import sympy as sp
 from numpy.polynomial import hermite_e
 
 from derivations import __main__ as command
-from derivations import class_axis, emit, infinite_width, positions, posterior, taylor
+from derivations import class_axis, emit, gaussian, infinite_width, position_axis, probabilities
 from taylor_softmax._generated.class_axis import class_axis_order_2
-from taylor_softmax._generated.positions import observation_order_2, second_moment_order_2
-from taylor_softmax._generated.posterior import posterior_order_2
+from taylor_softmax._generated.position_axis import observation_order_2, second_moment_order_2
+from taylor_softmax._generated.probabilities import logit_order_2
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DIGITS = 60
@@ -142,7 +142,7 @@ def test_what_is_not_python_is_left_alone(target, capsys):
 
 
 def test_generated_files_say_where_they_come_from(rendered):
-    modules = {"class_axis.py", "infinite_width.py", "positions.py", "posterior.py"}
+    modules = {"class_axis.py", "infinite_width.py", "position_axis.py", "probabilities.py"}
     assert set(rendered) == {"__init__.py"} | modules
     for name, text in rendered.items():
         first = text.splitlines()[0]
@@ -413,7 +413,7 @@ def posterior_errors(logit, mean_shift=0.0, dtype: Any = np.float64) -> list[flo
     """Of `log phi` and its two derivatives, up to sign, in eps of their size."""
     mean, variance, t = (float(dtype(x)) for x in logit)
     arguments = (jnp.asarray(x, dtype) for x in (mean + mean_shift, variance, t))
-    got = posterior_order_2(*arguments)
+    got = logit_order_2(*arguments)
     with mpmath.workdps(DIGITS):
         values = [mpmath.mpf(x) for x in (t, mean, variance)]
 
@@ -435,7 +435,7 @@ def posterior_errors(logit, mean_shift=0.0, dtype: Any = np.float64) -> list[flo
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("logit", LOGITS)
-def test_posterior_order_2(logit, dtype):
+def test_logit_order_2(logit, dtype):
     """To a few roundings wherever: no term has another sign than the rest."""
     assert max(posterior_errors(logit, dtype=dtype)) <= 8
 
@@ -452,8 +452,8 @@ def test_log_transform_of_a_logit_is_the_gaussian_integral(logit):
     z = mean + np.sqrt(variance) * x
     want = np.log(np.sum(weight / weight.sum() * np.exp(-t * (1 + z + z**2 / 2))))
     assert float(log_transform(t, mean, variance)) == pytest.approx(want, rel=1e-12)
-    rational, determinant = posterior.log_transform()
-    numbers = {posterior.MEAN: mean, posterior.VARIANCE: variance, posterior.T: t}
+    rational, determinant = probabilities.log_transform()
+    numbers = {probabilities.MEAN: mean, probabilities.VARIANCE: variance, probabilities.T: t}
     derived = (rational - sp.log(determinant) / 2).subs(numbers)
     assert float(derived) == pytest.approx(want, rel=1e-12)
 
@@ -528,8 +528,8 @@ def test_second_moment_of_two_logits(cov12):
 
 
 def test_second_moment_is_emitted_as_positive_terms_and_a_covariance():
-    emitted = positions.second_moment().outputs[0][2]
-    assert emitted.subs(infinite_width.COV12, 0).is_Mul
+    emitted = position_axis.second_moment().outputs[0][2]
+    assert emitted.subs(gaussian.COV12, 0).is_Mul
     assert isinstance(emitted, sp.Add)
     assert len(emitted.args) == 2
 
@@ -537,12 +537,12 @@ def test_second_moment_is_emitted_as_positive_terms_and_a_covariance():
 def test_positive_terms():
     """Changes nothing, and refuses what could cancel."""
     inverse = sp.Symbol("inverse")
-    scale = 1 + posterior.T * posterior.VARIANCE
-    expression = (1 + posterior.MEAN) ** 2 / scale**2 + posterior.VARIANCE / (2 * scale)
-    got = posterior.positive_terms(inverse, sp.expand(expression))
+    scale = 1 + probabilities.T * probabilities.VARIANCE
+    expression = (1 + probabilities.MEAN) ** 2 / scale**2 + probabilities.VARIANCE / (2 * scale)
+    got = probabilities.positive_terms(inverse, sp.expand(expression))
     assert sp.simplify(got.subs(inverse, 1 / scale) - expression) == 0
     with pytest.raises(ArithmeticError, match="negative coefficient"):
-        posterior.positive_terms(inverse, posterior.MEAN / scale)
+        probabilities.positive_terms(inverse, probabilities.MEAN / scale)
 
 
 # The steps of the derivations
@@ -585,7 +585,7 @@ def gaussian_integral_by_quadrature(exponent, variables, covariance, n_nodes=40)
     ids=["one", "linear", "cross", "three"],
 )
 def test_gaussian_log_integral(exponent, variables, covariance):
-    rational, determinant = class_axis.gaussian_log_integral(
+    rational, determinant = gaussian.gaussian_log_integral(
         sp.sympify(exponent), sp.Matrix(variables), sp.Matrix(covariance)
     )
     got = float(rational - sp.log(determinant) / 2)
@@ -600,11 +600,11 @@ def test_log_transform_is_the_oracle():
     rational, determinant = class_axis.log_transform()
     fractions = ((3, 4), (-1, 3), (2, 1), (2, 7), (5, 3))
     symbols = (
-        class_axis.VAR1,
-        class_axis.COV12,
-        class_axis.VAR2,
-        class_axis.T,
-        class_axis.S,
+        gaussian.VAR1,
+        gaussian.COV12,
+        gaussian.VAR2,
+        gaussian.T,
+        gaussian.S,
     )
     numbers = {x: sp.Rational(*fraction) for x, fraction in zip(symbols, fractions, strict=True)}
     with mpmath.workdps(DIGITS):
@@ -616,7 +616,7 @@ def test_log_transform_is_the_oracle():
 def test_in_powers_of():
     _, base = class_axis.log_transform()
     inverse = sp.Symbol("inverse")
-    digits = (class_axis.COV12 * class_axis.T - 3, class_axis.S, sp.Integer(2))
+    digits = (gaussian.COV12 * gaussian.T - 3, gaussian.S, sp.Integer(2))
     expression: Any = sum(digit / base ** (3 - i) for i, digit in enumerate(digits))
     expression = sp.together(expression)
     got = class_axis.in_powers_of(base, inverse, expression)
@@ -626,7 +626,7 @@ def test_in_powers_of():
         class_axis.in_powers_of(base, inverse, base**2)
 
 
-A11, C12, B22 = infinite_width.VAR1, infinite_width.COV12, infinite_width.VAR2
+A11, C12, B22 = gaussian.VAR1, gaussian.COV12, gaussian.VAR2
 
 # By counting pairings (Isserlis 1918): c per pair of one u and one v.
 ISSERLIS = {
@@ -646,17 +646,15 @@ ISSERLIS = {
 
 @pytest.mark.parametrize(("i", "j"), ISSERLIS)
 def test_moment(i, j):
-    assert sp.expand(infinite_width.moment(i, j) - ISSERLIS[i, j]) == 0
+    assert sp.expand(gaussian.moment(i, j) - ISSERLIS[i, j]) == 0
     # Its mirror image.
     mirror = {A11: B22, B22: A11}
-    assert (
-        sp.expand(infinite_width.moment(j, i) - ISSERLIS[i, j].subs(mirror, simultaneous=True)) == 0
-    )
+    assert sp.expand(gaussian.moment(j, i) - ISSERLIS[i, j].subs(mirror, simultaneous=True)) == 0
 
 
 @pytest.mark.parametrize(("i", "j"), [(1, 0), (0, 3), (2, 1), (4, 5), (-1, 1), (-2, 0), (0, -1)])
 def test_moments_that_vanish(i, j):
-    assert infinite_width.moment(i, j) == 0
+    assert gaussian.moment(i, j) == 0
 
 
 @pytest.mark.parametrize(("i", "j"), [(5, 3), (6, 6), (1, 9), (12, 8)])
@@ -668,24 +666,24 @@ def test_moment_by_quadrature(i, j):
     v = c / np.sqrt(a) * x[:, None] + np.sqrt(b - c**2 / a) * x
     want = weight @ (u**i * v**j) @ weight
     numbers = {A11: a, C12: c, B22: b}
-    assert float(infinite_width.moment(i, j).subs(numbers)) == pytest.approx(want, rel=1e-11)
+    assert float(gaussian.moment(i, j).subs(numbers)) == pytest.approx(want, rel=1e-11)
     # Negative control: another variance.
     numbers[B22] = b * (1 + 1e-9)
-    assert float(infinite_width.moment(i, j).subs(numbers)) != pytest.approx(want, rel=1e-11)
+    assert float(gaussian.moment(i, j).subs(numbers)) != pytest.approx(want, rel=1e-11)
 
 
 def test_expectation_is_linear():
     polynomial = 2 * U**2 * V**2 - sp.Rational(1, 3) * U * V + U**3 + 7
-    polynomial = polynomial.subs({U: infinite_width.U, V: infinite_width.V})
+    polynomial = polynomial.subs({U: gaussian.U, V: gaussian.V})
     want = 2 * ISSERLIS[2, 2] - C12 / 3 + 7
-    assert sp.expand(infinite_width.expectation(polynomial) - want) == 0
+    assert sp.expand(gaussian.expectation(polynomial) - want) == 0
 
 
 @pytest.mark.parametrize("order", [2, 4, 8])
 def test_horner_form_changes_nothing(order):
-    u, v = infinite_width.U, infinite_width.V
-    second = infinite_width.expectation(
-        taylor.taylor_polynomial(u, order) * taylor.taylor_polynomial(v, order)
+    u, v = gaussian.U, gaussian.V
+    second = gaussian.expectation(
+        gaussian.taylor_polynomial(u, order) * gaussian.taylor_polynomial(v, order)
     )
     form = infinite_width.horner_form(second)
     assert sp.expand(form - second) == 0
@@ -695,10 +693,10 @@ def test_horner_form_changes_nothing(order):
 
 @pytest.mark.parametrize("order", [0, 1, 2, 5, 12])
 def test_taylor_polynomial(order):
-    got = sp.Poly(taylor.taylor_polynomial(U, order), U)
+    got = sp.Poly(gaussian.taylor_polynomial(U, order), U)
     assert got.degree() == order
     assert sp.expand(got.as_expr() - sp.series(sp.exp(U), U, 0, order + 1).removeO()) == 0
     # f_m' = f_{m-1}.
     if order:
-        below = taylor.taylor_polynomial(U, order - 1)
+        below = gaussian.taylor_polynomial(U, order - 1)
         assert sp.expand(got.as_expr().diff(U) - below) == 0

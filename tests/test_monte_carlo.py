@@ -1,12 +1,12 @@
 """Sampling against values known otherwise, its standard errors and its chunks."""
 
-import brute_force
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
 
+from oracles import class_axis as brute_force
 from taylor_softmax import monte_carlo
 
 pytestmark = pytest.mark.core

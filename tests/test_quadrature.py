@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.polynomial import chebyshev, hermite_e
 
-from taylor_softmax import _quadrature
+from taylor_softmax._numerics import quadrature
 
 pytestmark = pytest.mark.core
 
@@ -40,7 +40,7 @@ def test_half_line_rule(name):
     function, want = HALF_LINE[name]
     errors = []
     for n_nodes in (28, 64):
-        node, weight = _quadrature.half_line_rule(n_nodes)
+        node, weight = quadrature.half_line_rule(n_nodes)
         assert node.shape == weight.shape == (n_nodes,)
         assert (np.diff(node) > 0).all()
         assert node[0] > 0
@@ -66,7 +66,7 @@ def test_half_line_integrals_are_right(name):
 
 def test_half_line_rule_resolves_both_ends():
     """Integrands of scale 1/4 and 4, which is what the square in the map is for."""
-    node, weight = _quadrature.half_line_rule(28)
+    node, weight = quadrature.half_line_rule(28)
     errors = [abs(np.exp(-a * node) @ weight * a - 1) for a in (0.25, 0.5, 1, 2, 4)]
     assert max(errors) < 2e-8
     # Negative control: the map without the square, same number of nodes.
@@ -79,7 +79,7 @@ def test_half_line_rule_resolves_both_ends():
 @pytest.mark.parametrize("perturb", ["node", "weight"])
 def test_a_perturbed_half_line_rule_is_noticed(perturb):
     """Negative control of the tests above."""
-    node, weight = (x.copy() for x in _quadrature.half_line_rule(64))
+    node, weight = (x.copy() for x in quadrature.half_line_rule(64))
     middle = np.argmin(abs(node - 1))
     (node if perturb == "node" else weight)[middle] *= 1 + 1e-9
     errors = [abs(function(node) @ weight / want - 1) for function, want in HALF_LINE.values()]
@@ -89,7 +89,7 @@ def test_a_perturbed_half_line_rule_is_noticed(perturb):
 @pytest.mark.parametrize(("n_nodes", "reach"), [(64, 8.0), (128, 8.0), (129, 9.0), (65, 10.0)])
 @pytest.mark.parametrize("power", range(13))
 def test_moments_of_the_normal_rule(power, n_nodes, reach):
-    x, weight = _quadrature.normal_rule(n_nodes, reach)
+    x, weight = quadrature.normal_rule(n_nodes, reach)
     assert x[0] == -reach
     assert x[-1] == reach
     np.testing.assert_allclose(np.diff(x), 2 * reach / (n_nodes - 1), rtol=1e-12)
@@ -116,7 +116,7 @@ def test_normal_rule_on_the_integrand_of_softmax(t, sigma):
         )
     errors = {}
     for n_nodes in (32, 128):
-        x, weight = _quadrature.normal_rule(n_nodes, 8.0)
+        x, weight = quadrature.normal_rule(n_nodes, 8.0)
         errors[n_nodes] = abs(float(np.exp(-t * np.exp(sigma * x)) @ weight - want))
     # The step of exp(-t exp(sigma x)) is 1 / sigma wide: 128 nodes resolve every one of these, and
     # 32 do not resolve the steep ones (negative control).
@@ -127,7 +127,7 @@ def test_normal_rule_on_the_integrand_of_softmax(t, sigma):
 
 def test_a_perturbed_normal_rule_is_noticed():
     """Negative control: weights of a normal of another variance."""
-    x, _ = _quadrature.normal_rule(128, 8.0)
+    x, _ = quadrature.normal_rule(128, 8.0)
     wrong = np.exp(-(x**2) / (2 * (1 + 1e-6)))
     wrong /= wrong.sum()
     assert abs(x**2 @ wrong - 1) > 5e-7
@@ -135,12 +135,12 @@ def test_a_perturbed_normal_rule_is_noticed():
 
 def test_exponential_rule():
     """Moments of `tau ~ Exp(1)` and of its logarithm: minus Euler's constant, pi^2 / 6."""
-    log_tau, weight = _quadrature.exponential_rule(18)
+    log_tau, weight = quadrature.exponential_rule(18)
     moments = [weight @ f for f in (np.exp(log_tau), np.exp(2 * log_tau), log_tau, log_tau**2)]
     want = [1, 2, -np.euler_gamma, np.euler_gamma**2 + np.pi**2 / 6]
     # The interval leaves out 1e-9 of the mass, at logarithms of up to -20.
     np.testing.assert_allclose(moments, want, atol=2e-6)
-    coarse, weight = _quadrature.exponential_rule(9)
+    coarse, weight = quadrature.exponential_rule(9)
     assert abs(weight @ coarse + np.euler_gamma) > 2e-6
 
 
@@ -149,7 +149,7 @@ def test_hermite_functions_are_orthonormal(degree):
     """Under Gauss-Hermite, exact for the products."""
     x, weight = hermite_e.hermegauss(degree)
     weight /= weight.sum()
-    values = _quadrature.hermite_functions(x, degree)
+    values = quadrature.hermite_functions(x, degree)
     assert values.shape == (degree, degree)
     np.testing.assert_allclose((values * weight) @ values.T, np.eye(degree), atol=2e-13 * degree)
     # Negative control: the leading polynomial in the same norm without the last orthogonalisation.
@@ -162,7 +162,7 @@ def test_hermite_functions_are_orthonormal(degree):
 def test_hermite_functions_are_their_definition():
     x = np.array([[-7.5, -2.0, -0.3], [0.0, 1.0, 5.25]])
     degree = 40
-    got = _quadrature.hermite_functions(x, degree)
+    got = quadrature.hermite_functions(x, degree)
     assert got.shape == (degree, 2, 3)
     with mpmath.workdps(60):
         for k in range(degree):
@@ -186,7 +186,7 @@ def test_hermite_functions_are_their_definition():
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 5, 14, 20])
 def test_chebyshev_rule_reproduces_polynomials(n_nodes):
-    node, matrix = _quadrature.chebyshev_rule(n_nodes)
+    node, matrix = quadrature.chebyshev_rule(n_nodes)
     assert node.shape == (n_nodes,)
     assert matrix.shape == (n_nodes, n_nodes)
     assert (abs(node) < 1).all()
@@ -209,12 +209,12 @@ def test_chebyshev_rule_reproduces_polynomials(n_nodes):
 
 def test_chebyshev_rule_converges_on_a_smooth_function():
     for n_nodes, allowed in ((10, 1e-6), (20, 1e-13)):
-        node, matrix = _quadrature.chebyshev_rule(n_nodes)
+        node, matrix = quadrature.chebyshev_rule(n_nodes)
         x = np.linspace(-1, 1, 101)
         got = chebyshev.chebval(x, matrix @ np.exp(2 * node))
         error = abs(got - np.exp(2 * x)).max()
         assert error < allowed
-    node, matrix = _quadrature.chebyshev_rule(10)
+    node, matrix = quadrature.chebyshev_rule(10)
     # Negative control: nodes of the other kind with this matrix.
     other = np.cos(np.pi * np.arange(9, -1, -1) / 9)
     assert (

@@ -297,7 +297,7 @@ def test_hyperparameters_and_inputs_have_gradients(layer):
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices; conftest makes two on a CPU")
 def test_sharded_inputs_give_a_sharded_kernel():
-    # Few enough for quadrature; tests/test_classes.py has the table.
+    # Few enough for quadrature; tests/test_class_axis.py has the table.
     x = random.normal(random.key(10), (24, 5))
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("rows",)), PartitionSpec("rows"))
     *_, kernel_fn = fully_connected(stax.Softmax())

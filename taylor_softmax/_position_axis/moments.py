@@ -34,10 +34,10 @@ import scipy.stats.qmc
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from taylor_softmax import _quadrature, _surrogate
-from taylor_softmax._arguments import check_integer
-from taylor_softmax._generated.positions import observation_order_2, second_moment_order_2
-from taylor_softmax._pair import matmul
+from taylor_softmax._class_axis.integral import matmul
+from taylor_softmax._generated.position_axis import observation_order_2, second_moment_order_2
+from taylor_softmax._numerics import quadrature, surrogate
+from taylor_softmax._numerics.arguments import check_integer
 
 # Nodes of the outer rule in each of t and s, order 2.
 _OUTER_NODES = 24
@@ -112,12 +112,13 @@ def joint_second_moment(
     positions. At order 2 the integrand of the remaining double integral is elementary. For other
     orders and softmax the components of degree 0 to 2 of Mehler's formula are exact to the error of
     their coefficients, and the rest is estimated with `n_points` quasi-random points, the same at
-    every call: see the module `taylor_softmax._positions`. Covariances may be singular.
+    every call: see the module `taylor_softmax._position_axis.moments`. Covariances may be singular.
     Differentiable in all three.
 
-    Error over the largest entry, as tested and measured (docs/positions.md): order 2: 1e-6. Other
-    orders and softmax with the default number of points, for up to 16 positions: 3e-3 at variances
-    up to 1, 1e-2 at variance 4; the NTK of the layers 5e-3 and 2e-2. The series alone: 2e-2, 1e-1.
+    Error over the largest entry, as tested and measured (docs/position_axis.md): order 2: 1e-6.
+    Other orders and softmax with the default number of points, for up to 16 positions: 3e-3 at
+    variances up to 1, 1e-2 at variance 4; the NTK of the layers 5e-3 and 2e-2. The series
+    alone: 2e-2, 1e-1.
 
     Args:
       cov11: `K11`, `(..., S, S)`, symmetric and positive semi-definite.
@@ -133,7 +134,7 @@ def joint_second_moment(
       TypeError, ValueError: `order` or `n_points` is not one of the above; a covariance is not of
         shape `(..., S, S)` with the same `S` as the others.
     """
-    order = _surrogate.check_order(order)
+    order = surrogate.check_order(order)
     n_points = check_integer("n_points", n_points, least=0)
     covs = broadcast_covariances(cov11, cov12, cov22)
     batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
@@ -177,7 +178,7 @@ def prepare(covariance: Array, present: Array, *, order: int | None, n_points: i
         if n_points == 0:
             return Expansion(components, root, None)
         z = matmul(_normal_points(n_points, 2 * size, covariance.dtype)[:, :size], root.T)
-        value, _, _ = _surrogate.ratios(z, present, order=order)
+        value, _, _ = surrogate.ratios(z, present, order=order)
         return Expansion(components, root, value - _polynomial(z, components, covariance))
 
     step = max(1, _CHUNK // (2 * _COMPONENT_POINTS * size))
@@ -249,7 +250,7 @@ def _project(cov: Array, first: Array, second: Array, order: int | None) -> Arra
 def _order_2(one: Input, two: Input, cov12: Array) -> Array:
     size = cov12.shape[-1]
     sigma = jnp.block([[one.covariance, cov12], [cov12.T, two.covariance]])
-    tau, weight = (jnp.asarray(x, sigma.dtype) for x in _quadrature.half_line_rule(_OUTER_NODES))
+    tau, weight = (jnp.asarray(x, sigma.dtype) for x in quadrature.half_line_rule(_OUTER_NODES))
 
     def scale(of: Input) -> Array:
         """`1 / E[D]`: there `t` is where the weight of the integrand is."""
@@ -302,7 +303,7 @@ def _order_2(one: Input, two: Input, cov12: Array) -> Array:
 def _components(root: Array, present: Array, order: int | None) -> Components:
     half = _normal_points(_COMPONENT_POINTS, len(root), root.dtype)
     z = matmul(jnp.concatenate([half, -half]), root.T)
-    value, slope, curvature = _surrogate.ratios(z, present, order=order)
+    value, slope, curvature = surrogate.ratios(z, present, order=order)
     n = len(value)
 
     def mean(left: Array, right: Array) -> Array:
@@ -359,14 +360,14 @@ def _series_and_residual(
     size = len(root)
     points = _normal_points(n_points, 2 * size, cov12.dtype)
     z_v = matmul(points[:, :size], below) + matmul(points[:, size:], rest.T)
-    y_v, q_v, _ = _surrogate.ratios(z_v, two.present, order=order)
+    y_v, q_v, _ = surrogate.ratios(z_v, two.present, order=order)
     residual = y_v - _polynomial(z_v, right, two.covariance)
     moment = moment + matmul(one.expansion.residual.T, residual) / n_points
     if theta is None or derivative is None:
         return moment, derivative
 
     z_u = matmul(points[:, :size], root.T)
-    y_u, q_u, _ = _surrogate.ratios(z_u, one.present, order=order)
+    y_u, q_u, _ = surrogate.ratios(z_u, one.present, order=order)
     sides = _Side(z_u, y_u, q_u, left), _Side(z_v, y_v, q_v, right)
     return moment, derivative + _residual_derivative(*sides, theta)
 

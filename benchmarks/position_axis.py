@@ -1,6 +1,6 @@
 """Error, time and memory of softmax over positions.
 
-Run `python -m benchmarks.positions` on an otherwise idle machine; `--quick` tries it out.
+Run `python -m benchmarks.position_axis` on an otherwise idle machine; `--quick` tries it out.
 """
 
 import argparse
@@ -118,15 +118,15 @@ outputs and temporaries of the compiled function."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.positions", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.position_axis", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer samples, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("docs/positions.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/position_axis.md"))
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     n_samples, repetitions = (100_000, 1) if arguments.quick else (10_000_000, 3)
     sizes = ((4,), (8,)) if arguments.quick else ((4, 8, 16), (8, 16, 32))
     listed = ", ".join(f"{rho:g}" for rho in CORRELATIONS)
-    parts = ["# Positions", environment("benchmarks.positions", sys.argv[1:])]
+    parts = ["# Positions", environment("benchmarks.position_axis", sys.argv[1:])]
     parts += [EXPLANATION.format(samples=n_samples, correlations=listed)]
     parts += [error_table(sizes[0], n_samples), TIMES, time_table(sizes[1], repetitions)]
     publish(parts, arguments.output)

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from taylor_softmax import _quadrature, _surrogate
 from taylor_softmax._generated.class_axis import class_axis_order_2
+from taylor_softmax._numerics import quadrature, surrogate
 
 # Nodes of the outer rule in each of t and s. Measured at order 2 over n = 2 to 100,000 and
 # variances up to 20: 24 nodes 4e-8, 28 nodes 5e-9, 32 nodes 1e-10; softmax, variance 10, n = 10,
@@ -83,7 +83,7 @@ class Input(NamedTuple):
 
 def prepare(variance: Array, *, n_classes: int, order: int | None) -> Input:
     """The `Input` of one input with logits of (scalar, positive) `variance`."""
-    tau, weight = (jnp.asarray(x, variance.dtype) for x in _quadrature.half_line_rule(_OUTER_NODES))
+    tau, weight = (jnp.asarray(x, variance.dtype) for x in quadrature.half_line_rule(_OUTER_NODES))
     # tau = n E[f] t is of order 1 where the weight is, at any number of classes and variance.
     if order == 2:
         scale = 1 / (n_classes * (1 + variance / 2))
@@ -92,14 +92,14 @@ def prepare(variance: Array, *, n_classes: int, order: int | None) -> Input:
         t, weight = _drop_underflow(t, weight, -t / 2, n_classes)
         return Input(variance, t, weight, None)
 
-    x, normal_weight = _quadrature.normal_rule(_NORMAL_NODES, _NORMAL_REACH)
+    x, normal_weight = quadrature.normal_rule(_NORMAL_NODES, _NORMAL_REACH)
     degrees = np.arange(1, _degrees(n_classes) + 1)
-    hermite = _quadrature.hermite_functions(x, degrees.size).T / np.sqrt(degrees)
+    hermite = quadrature.hermite_functions(x, degrees.size).T / np.sqrt(degrees)
     x, normal_weight, hermite = (
         jnp.asarray(array, variance.dtype) for array in (x, normal_weight, hermite)
     )
     # Here f comes divided by E[f].
-    value, slope = _surrogate.normalised(x, variance, order=order)
+    value, slope = surrogate.normalised(x, variance, order=order)
     t, weight = tau / n_classes, weight / n_classes
     # Where exp(-t f) underflows at every node f does not matter, but its powers would overflow.
     least = lax.stop_gradient(jnp.min(value))

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from taylor_softmax import _quadrature, _surrogate
-from taylor_softmax._generated.posterior import posterior_order_2
+from taylor_softmax._generated.probabilities import logit_order_2
+from taylor_softmax._numerics import quadrature, surrogate
 
 # Logits beyond this many standard deviations are left out: 2e-9 of the probability.
 _REACH = 6.0
@@ -147,8 +147,8 @@ def _bounds(mean: Array, variance: Array, order: int | None) -> tuple[Array, Arr
 def _range_of_log_f(mean: Array, sigma: Array, order: int | None) -> tuple[Array, Array]:
     """Least and largest `log f` of a logit, within reach of its mean."""
     left, right = mean - _REACH * sigma, mean + _REACH * sigma
-    bottom = jnp.clip(_surrogate.minimiser(order), left, right)
-    ends, least = (_surrogate.log_value(z, order=order) for z in (jnp.stack([left, right]), bottom))
+    bottom = jnp.clip(surrogate.minimiser(order), left, right)
+    ends, least = (surrogate.log_value(z, order=order) for z in (jnp.stack([left, right]), bottom))
     return least, jnp.max(ends, axis=0)
 
 
@@ -225,7 +225,7 @@ def _tilted(
     """At `s`, `(outer, M)`, for logits of the given means and variances, `(M,)`."""
     if order == 2:
         t = jnp.exp(s)
-        log_phi, tilted_mean, tilted_variance = posterior_order_2(mean, variance, t)
+        log_phi, tilted_mean, tilted_variance = logit_order_2(mean, variance, t)
         return _Tilted(log_phi, t * tilted_mean, t**2 * tilted_variance if second else None)
     sigma = jnp.sqrt(variance)
     if not rule.noise:
@@ -241,7 +241,7 @@ def _tilted(
 def _over_logit(
     mean: Array, sigma: Array, s: Array, n: int, order: int | None, second: bool
 ) -> _Tilted:
-    log_f = functools.partial(_surrogate.log_value, order=order)
+    log_f = functools.partial(surrogate.log_value, order=order)
     low, high = (lax.stop_gradient(x) for x in _range_of_log_f(mean, sigma, order))
     # t f as a product of two factors, of which one belongs to the outer node: a sum of logarithms
     # would cost one more exponential. Centred, neither overflows; from `limit` on exp(-t f) is 0.
@@ -251,7 +251,7 @@ def _over_logit(
     # The variance about a point near the mean: about 0 it would cancel for small sigma.
     point = jnp.minimum(t * jnp.exp(log_f(mean) - centre), _LARGEST_POINT)
 
-    x, weight = _quadrature.normal_rule(n, _REACH)
+    x, weight = quadrature.normal_rule(n, _REACH)
     # Here, since within the loop it would be computed again for every outer node.
     f = jnp.exp(log_f(mean + sigma * jnp.asarray(x, s.dtype)[:, None]) - centre)
 
@@ -289,7 +289,7 @@ def _over_noise(mean: Array, sigma: Array, s: Array, n: int, second: bool) -> _T
         density = weight * jnp.exp(jnp.maximum(-(x**2) / 2, -80.0))
         return shortfall, density, density * jnp.exp(log_tau)
 
-    shortfall, *sums = _sums(terms, *_quadrature.exponential_rule(n), s, 2 + second)
+    shortfall, *sums = _sums(terms, *quadrature.exponential_rule(n), s, 2 + second)
     phi, log_phi = _from_shortfall(shortfall)
     first, *squares = (total / (math.sqrt(2 * math.pi) * sigma * phi) for total in sums)
     return _Tilted(log_phi, first, squares[0] - first**2 if second else None)

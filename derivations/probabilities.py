@@ -10,11 +10,10 @@ from typing import Any
 
 import sympy as sp
 
-from derivations.class_axis import gaussian_log_integral
 from derivations.emit import Function, Module
-from derivations.taylor import taylor_polynomial
+from derivations.gaussian import T, gaussian_log_integral, taylor_polynomial
 
-VARIANCE, T = sp.symbols("variance t", positive=True)
+VARIANCE = sp.Symbol("variance", positive=True)
 MEAN = sp.Symbol("mean", real=True)
 
 
@@ -48,7 +47,7 @@ def module() -> Module:
     if not (-pull * determinant / T).is_nonnegative:
         raise ArithmeticError(f"{pull} can be positive")
     transform = Function(
-        name="posterior_order_2",
+        name="logit_order_2",
         summary="Tilted moments of one Gaussian logit for Taylor softmax of order 2.",
         arguments=(MEAN, VARIANCE, T),
         definitions=((excess, T * VARIANCE), (inverse, 1 / (1 + excess))),
@@ -66,4 +65,6 @@ def module() -> Module:
             ),
         ),
     )
-    return Module(name="posterior", source="derivations/posterior.py", functions=(transform,))
+    return Module(
+        name="probabilities", source="derivations/probabilities.py", functions=(transform,)
+    )

@@ -15,9 +15,8 @@ from typing import Any
 import sympy as sp
 
 from derivations.emit import Function, Module
-from derivations.infinite_width import COV12, VAR1, VAR2, U, V, expectation
-from derivations.posterior import MEAN, VARIANCE, T, log_transform
-from derivations.taylor import taylor_polynomial
+from derivations.gaussian import COV12, VAR1, VAR2, T, U, V, expectation, taylor_polynomial
+from derivations.probabilities import MEAN, VARIANCE, log_transform
 
 RATE, MOVED, MOVED1, MOVED2 = sp.symbols("rate moved moved1 moved2", real=True)
 
@@ -71,7 +70,7 @@ def second_moment() -> Function:
 
 def module() -> Module:
     return Module(
-        name="positions",
-        source="derivations/positions.py",
+        name="position_axis",
+        source="derivations/position_axis.py",
         functions=(observation(), second_moment()),
     )

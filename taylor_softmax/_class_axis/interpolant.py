@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from taylor_softmax import _pair, _quadrature
+from taylor_softmax._class_axis import integral
+from taylor_softmax._numerics import quadrature
 
 # The standard deviations enter as log(1 + sigma / knee): I / c is analytic in both at 0 (at a given
 # correlation, so not in the variances) and turns into powers of them from about here on.
@@ -124,14 +125,12 @@ def build(
     half_width = jnp.maximum((high - low) / 2, _LEAST_HALF_WIDTH)
     middle = jnp.maximum((high + low) / 2, half_width)
 
-    nodes, to_coefficients = (
-        jnp.asarray(x, dtype) for x in _quadrature.chebyshev_rule(n_variances)
-    )
+    nodes, to_coefficients = (jnp.asarray(x, dtype) for x in quadrature.chebyshev_rule(n_variances))
     rho, rho_to_coefficients = (
-        jnp.asarray(x, dtype) for x in _quadrature.chebyshev_rule(n_correlations)
+        jnp.asarray(x, dtype) for x in quadrature.chebyshev_rule(n_correlations)
     )
     variances = (_KNEE * jnp.expm1(middle + half_width * nodes)) ** 2
-    inputs = jax.vmap(lambda v: _pair.prepare(v, n_classes=n_classes, order=order))(variances)
+    inputs = jax.vmap(lambda v: integral.prepare(v, n_classes=n_classes, order=order))(variances)
 
     # I is symmetric in the variances: half of the pairs do.
     rows, columns = np.triu_indices(n_variances)
@@ -139,7 +138,7 @@ def build(
     def correlations(indices: tuple[Array, Array]) -> tuple[Array, Array]:
         one, two = (jax.tree.map(lambda leaf, i=i: leaf[i], inputs) for i in indices)
         cov12 = rho * jnp.sqrt(one.variance * two.variance)
-        return jax.vmap(lambda c: _pair.pair(one, two, c, n_classes=n_classes))(cov12)
+        return jax.vmap(lambda c: integral.pair(one, two, c, n_classes=n_classes))(cov12)
 
     upper = jnp.stack(lax.map(correlations, (jnp.asarray(rows), jnp.asarray(columns))))
     where = np.zeros((n_variances, n_variances), dtype=int)

@@ -2,7 +2,6 @@
 
 import itertools
 
-import brute_force
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.polynomial import chebyshev
 
 import taylor_softmax
-from taylor_softmax import _classes, _table
-from taylor_softmax._classes import Pairs
+from oracles import class_axis as brute_force
+from taylor_softmax._class_axis import covariance, interpolant
+from taylor_softmax._class_axis.covariance import Pairs
 
 CORRELATIONS = np.array([-1.0, -0.6, 0.0, 0.3, 0.9, 0.999, 1.0])
 
@@ -39,7 +39,7 @@ def variance_pairs(largest):
 def entries(var1, rho, var2, *, n, order, method="direct", dtype=jnp.float64):
     """`I` and `dI / dc` for arrays of equal shape."""
     a, c, b = (jnp.asarray(x, dtype) for x in (var1, rho * np.sqrt(var1 * var2), var2))
-    ((value, slope),) = _classes.covariances(
+    ((value, slope),) = covariance.covariances(
         [Pairs(a, c, b)], n_classes=n, order=order, method=method
     )
     return np.asarray(value, np.float64), np.asarray(slope, np.float64)
@@ -165,7 +165,7 @@ def test_negative_control_another_order_is_found():
 
 
 def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
-    emitted = taylor_softmax._pair.class_axis_order_2
+    emitted = taylor_softmax._class_axis.integral.class_axis_order_2
 
     def without_the_determinant(*arguments):
         log_phi, *rest = emitted(*arguments)
@@ -173,7 +173,9 @@ def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
         wrong = log_phi + 1e-5 * jnp.log1p(t * s * (var1 * var2 - cov12**2))
         return wrong, *rest
 
-    monkeypatch.setattr(taylor_softmax._pair, "class_axis_order_2", without_the_determinant)
+    monkeypatch.setattr(
+        taylor_softmax._class_axis.integral, "class_axis_order_2", without_the_determinant
+    )
     jax.clear_caches()
     value, _ = entries(*np.array([[2.0], [0.5], [2.0]]), n=10, order=2)
     monkeypatch.undo()
@@ -196,7 +198,7 @@ def test_no_nan_anywhere(order, method, dtype):
     root = jnp.sqrt(var1 * var2)
 
     def total(var1, cov12, var2, n):
-        ((value, slope),) = _classes.covariances(
+        ((value, slope),) = covariance.covariances(
             [Pairs(var1, cov12, var2)], n_classes=n, order=order, method=method
         )
         return jnp.sum(value) + jnp.sum(slope), (value, slope)
@@ -259,14 +261,14 @@ def test_table_agrees_with_direct(order, n, spread):
     y = x[::-1] + 0.01 * x[5]
     a, c, b = jnp.sum(x**2, 1)[:, None], x @ y.T, jnp.sum(y**2, 1)[None]
     direct, table, auto = (
-        _classes.covariances([Pairs(a, c, b)], n_classes=n, order=order, method=method)[0]
+        covariance.covariances([Pairs(a, c, b)], n_classes=n, order=order, method=method)[0]
         for method in ("direct", "table", "auto")
     )
     limit = 1e-7 if order == 2 else 1e-6
     for part in range(2):
         one = np.sqrt(
-            _classes.covariances([Pairs(a, a, a)], n_classes=n, order=order)[0][part]
-            * _classes.covariances([Pairs(b, b, b)], n_classes=n, order=order)[0][part]
+            covariance.covariances([Pairs(a, a, a)], n_classes=n, order=order)[0][part]
+            * covariance.covariances([Pairs(b, b, b)], n_classes=n, order=order)[0][part]
         )
         # The input of norm 0 has I = 0; its slope and everybody else's have a scale.
         one = np.where(one > 0, one, 1)
@@ -276,12 +278,12 @@ def test_table_agrees_with_direct(order, n, spread):
 
 def test_table_knows_when_it_is_not_good_enough():
     least, largest = jnp.asarray(1e-3), jnp.asarray(1e3)
-    build = jax.jit(_table.build, static_argnames=("n_classes", "order", "shape"))
-    for shape in _table.shapes(2):
+    build = jax.jit(interpolant.build, static_argnames=("n_classes", "order", "shape"))
+    for shape in interpolant.shapes(2):
         assert build(least, largest, n_classes=2, order=2, shape=shape).error > 1e-4
     for n in (10, 1000):
         table = build(
-            jnp.asarray(1.0), jnp.asarray(1.0), n_classes=n, order=2, shape=_table.shapes(n)[1]
+            jnp.asarray(1.0), jnp.asarray(1.0), n_classes=n, order=2, shape=interpolant.shapes(n)[1]
         )
         assert table.error < 1e-8
     # "auto" then integrates directly.
@@ -299,7 +301,7 @@ def test_one_table_serves_several_requests():
     x = random.normal(random.key(3), (36, 8)) / 3
     a = jnp.sum(x**2, 1)
     requests = [Pairs(a[:, None], x @ x.T, a[None]), Pairs(a, a, a)]
-    together = _classes.covariances(requests, n_classes=10, order=2)
+    together = covariance.covariances(requests, n_classes=10, order=2)
     np.testing.assert_allclose(jnp.diagonal(together[0][0]), together[1][0], rtol=1e-12)
 
 
@@ -336,7 +338,7 @@ def test_gradients_agree_with_differences_and_with_the_slope(order, method):
             for x in shifted
         ]
         np.testing.assert_allclose(gradient, (ends[0] - ends[1]) / 2e-4, rtol=1e-6)
-    ((_, slope),) = _classes.covariances(
+    ((_, slope),) = covariance.covariances(
         [Pairs(*arguments)], n_classes=5, order=order, method=method
     )
     np.testing.assert_allclose(gradients[1], slope, rtol=1e-9)

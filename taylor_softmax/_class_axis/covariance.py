@@ -1,6 +1,6 @@
 """The class covariance `I` for whole arrays of pairs: shapes, memory and choice of method.
 
-`_pair` has the mathematics of one pair, `_table` the interpolant for many.
+`integral` has the mathematics of one pair, `interpolant` the interpolant for many.
 """
 
 import functools
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from taylor_softmax import _pair, _surrogate, _table
-from taylor_softmax._arguments import check_integer
+from taylor_softmax._class_axis import integral, interpolant
+from taylor_softmax._numerics import surrogate
+from taylor_softmax._numerics.arguments import check_integer
 
 Method = Literal["auto", "direct", "table"]
 
@@ -59,7 +60,7 @@ def class_covariance(
     covariance of the outputs is `I (Id - 1 1^T / n)`. `I` is dimensionless and at most
     `1 / n`. Evaluated from the Laplace identity `I = int int L_ts exp(n L) dt ds` with
     `L(t, s) = log E[exp(-t f(u_1) - s f(v_1))]`, without approximation other than quadrature: see
-    the docstring of the module `taylor_softmax._pair`.
+    the docstring of the module `taylor_softmax._class_axis.integral`.
 
     Error relative to `I` at correlation 1, as tested: order 2: 1e-7 at variances up to 20; other
     orders and softmax: 1e-6 at variances up to 4 and `n >= 3`, 1e-4 at variances up to 10 and
@@ -111,7 +112,7 @@ def covariances(
     Arguments as those of `class_covariance`; each result has the shape that its request
     broadcasts to.
     """
-    n_classes, order = check_n_classes(n_classes), _surrogate.check_order(order)
+    n_classes, order = check_n_classes(n_classes), surrogate.check_order(order)
     check_method(method)
     dtype = jnp.result_type(float, *(array for request in requests for array in request))
     shapes = [jnp.broadcast_shapes(*(array.shape for array in request)) for request in requests]
@@ -183,20 +184,20 @@ def _covariances(
     variances = [array for block in blocks for array in (block.var1, block.var2) if array.size]
     least = functools.reduce(jnp.minimum, (jnp.min(array) for array in variances))
     largest = functools.reduce(jnp.maximum, (jnp.max(array) for array in variances))
-    shapes = _table.shapes(n_classes)
+    shapes = interpolant.shapes(n_classes)
     build = functools.partial(
-        _table.build_if_meant, least, largest, n_classes=n_classes, order=order
+        interpolant.build_if_meant, least, largest, n_classes=n_classes, order=order
     )
 
-    def interpolate(table: _table.Table) -> list[tuple[Array, Array]]:
+    def interpolate(table: interpolant.Table) -> list[tuple[Array, Array]]:
         return [_interpolate(block, table) for block in blocks]
 
     if method == "table":
         return interpolate(build(shape=shapes[-1]))
 
-    tolerance = _table.tolerance(largest, order)
+    tolerance = interpolant.tolerance(largest, order)
 
-    def first_good(shapes: Sequence[_table.Shape]) -> list[tuple[Array, Array]]:
+    def first_good(shapes: Sequence[interpolant.Shape]) -> list[tuple[Array, Array]]:
         if not shapes:
             return direct()
         table = build(shape=shapes[0])
@@ -208,8 +209,8 @@ def _covariances(
 
 
 def _direct(block: Pairs, n_classes: int, order: int | None) -> tuple[Array, Array]:
-    prepare = functools.partial(_pair.prepare, n_classes=n_classes, order=order)
-    pair = functools.partial(_pair.pair, n_classes=n_classes)
+    prepare = functools.partial(integral.prepare, n_classes=n_classes, order=order)
+    pair = functools.partial(integral.pair, n_classes=n_classes)
     return _by_blocks(
         block,
         jax.vmap(jax.vmap(prepare)),
@@ -220,7 +221,7 @@ def _direct(block: Pairs, n_classes: int, order: int | None) -> tuple[Array, Arr
 
 
 @jax.custom_jvp
-def _interpolate(block: Pairs, table: _table.Table) -> tuple[Array, Array]:
+def _interpolate(block: Pairs, table: interpolant.Table) -> tuple[Array, Array]:
     """`(I / c, dI / dc)` for all pairs at once, which needs no memory but for the results."""
     rows, columns = table.rows(block.var1), table.basis(block.var2)
     fused = block.cov12.size >= _FUSED_PAIRS
@@ -230,7 +231,7 @@ def _interpolate(block: Pairs, table: _table.Table) -> tuple[Array, Array]:
 @_interpolate.defjvp
 def _interpolate_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     # By blocks, since the derivative keeps an array of the size of the pairs for every degree.
-    def by_blocks(block: Pairs, table: _table.Table) -> tuple[Array, Array]:
+    def by_blocks(block: Pairs, table: interpolant.Table) -> tuple[Array, Array]:
         return _by_blocks(
             block,
             lambda var1: (var1, table.rows(var1)),
@@ -248,7 +249,7 @@ def _evaluate(
     """`(I / c, dI / dc)` from the variances and what `Table` makes of them."""
     (var1, rows), (var2, columns) = one, two
     rho = cov12 * lax.rsqrt(var1[:, :, None] * var2[:, None, :])
-    value, slope = (_table.evaluate(each, columns, rho, fused=fused) for each in rows)
+    value, slope = (interpolant.evaluate(each, columns, rho, fused=fused) for each in rows)
     return value, slope
 
 

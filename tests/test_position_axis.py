@@ -10,7 +10,8 @@ import pytest
 from jax import random
 
 import taylor_softmax
-from taylor_softmax import _positions, stax
+from taylor_softmax import stax
+from taylor_softmax._position_axis import moments
 
 # Bound on |z| of the largest of up to 2,000 entries, most of them correlated: 1e-4 by chance.
 LARGEST_Z = 5.5
@@ -147,16 +148,14 @@ def test_derivative_is_that_of_the_moment(order):
     theta = jnp.asarray(np.random.default_rng(3).standard_normal((4, 4)))
     present, index = jnp.ones((1, 4)), np.zeros(1, int)
     inputs = [
-        _positions.prepare(cov[None], present, order=order, n_points=1 << 14) for cov in (one, two)
+        moments.prepare(cov[None], present, order=order, n_points=1 << 14) for cov in (one, two)
     ]
 
     def moment(cov12):
-        result, _ = _positions.second_moments(
-            *inputs, index, index, cov12[None], None, order, 1 << 14
-        )
+        result, _ = moments.second_moments(*inputs, index, index, cov12[None], None, order, 1 << 14)
         return result[0]
 
-    _, derivative = _positions.second_moments(
+    _, derivative = moments.second_moments(
         *inputs, index, index, cross[None], theta[None], order, 1 << 14
     )
     step = 1e-3

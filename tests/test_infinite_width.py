@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.polynomial import hermite_e
 
-from taylor_softmax import _width
+from taylor_softmax import _infinite_width
 
 EMITTED = (2, 4, 6, 8, 10, 12)
 ORDERS = (*EMITTED, 14, 20, 32)
@@ -107,7 +107,7 @@ def assert_moments(got, covariance, order: int, allowed: float) -> None:
 
 
 # One compilation, where eager operations would each have their own.
-compiled: Any = jax.jit(_width.moments, static_argnames="order")
+compiled: Any = jax.jit(_infinite_width.moments, static_argnames="order")
 
 
 def moments(covariance, order, dtype: Any = np.float64):
@@ -170,7 +170,7 @@ def test_a_perturbed_moment_is_noticed(order, monkeypatch):
 def test_emitted_means(order):
     for covariance in COVARIANCES:
         *_, mean1, mean2 = exact(*covariance, order=order)
-        got = _width._EMITTED[order](*(jnp.asarray(x) for x in covariance))
+        got = _infinite_width._EMITTED[order](*(jnp.asarray(x) for x in covariance))
         np.testing.assert_allclose(got[2:], [float(mean1), float(mean2)], rtol=order * EPS)
 
 
@@ -184,10 +184,10 @@ def test_emitted_forms_agree_with_the_sums(order):
     value, slope = compiled(var1, cov12, var2, order=order)
     size = compiled(var1, jnp.abs(cov12), var2, order=order)
     for got, scale, degree in ((value, size[0], order), (slope, size[1], order - 1)):
-        want = _width._mehler(var1, cov12, var2, degree, order)
+        want = _infinite_width._mehler(var1, cov12, var2, degree, order)
         assert float(jnp.max(jnp.abs(got - want) / scale)) <= 2 * order * EPS
         # Negative control: the sum of another degree.
-        other = _width._mehler(var1, cov12, var2, degree - 1, order)
+        other = _infinite_width._mehler(var1, cov12, var2, degree - 1, order)
         assert float(jnp.max(jnp.abs(got - other) / scale)) > 1e-3
 
 
@@ -212,7 +212,9 @@ out_of_range = pytest.mark.xfail(
 @functools.cache
 def derivatives_fn(order) -> Any:
     """Cached: compiling the sums for one order and shape takes a second or more."""
-    function = jax.jacrev(functools.partial(_width.moments, order=order), argnums=(0, 1, 2))
+    function = jax.jacrev(
+        functools.partial(_infinite_width.moments, order=order), argnums=(0, 1, 2)
+    )
     return jax.jit(jax.vmap(function))
 
 
@@ -321,7 +323,9 @@ def test_constant_input(order):
 def test_slope_is_the_derivative(order):
     """By Price's theorem; here by differentiating the value, and by mpmath."""
     arguments = [jnp.asarray(x) for x in np.array(COVARIANCES).T]
-    value_fn: Any = jax.grad(lambda a, c, b: _width.moments(a, c, b, order=order)[0], argnums=1)
+    value_fn: Any = jax.grad(
+        lambda a, c, b: _infinite_width.moments(a, c, b, order=order)[0], argnums=1
+    )
     value_fn = jax.jit(jax.vmap(value_fn))
     _, slope = compiled(*arguments, order=order)
     var1, cov12, var2 = arguments
@@ -339,7 +343,7 @@ def test_slope_is_the_derivative(order):
 
 def test_softmax_is_exp():
     var1, cov12, var2 = (jnp.asarray(x) for x in np.array(COVARIANCES).T)
-    value, slope = _width.moments(var1, cov12, var2, order=None)
+    value, slope = _infinite_width.moments(var1, cov12, var2, order=None)
     want = [float(mpmath.exp(float(c))) for c in cov12]
     np.testing.assert_allclose(value, want, rtol=2 * EPS * 12)
     np.testing.assert_array_equal(value, slope)
@@ -374,5 +378,5 @@ def test_broadcasts(order):
             each = compiled(var1[i, 0], cov12[i, j], var2[j], order=order)
             np.testing.assert_allclose(got[:, i, j], each, rtol=1e-14)
     # cov12 may be the one that is broadcast.
-    value, slope = _width.moments(var1, jnp.asarray(0.1), var2, order=order)
+    value, slope = _infinite_width.moments(var1, jnp.asarray(0.1), var2, order=order)
     assert value.shape == slope.shape == (3, 2)

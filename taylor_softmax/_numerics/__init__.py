@@ -1,0 +1,1 @@
+"""Numerical tools that all axes share; nothing here knows of networks."""

@@ -1,0 +1,1 @@
+"""Softmax over positions, whose logits have any covariance."""

@@ -1,0 +1,1 @@
+"""Softmax of independent Gaussian logits: class probabilities and what follows from them."""
