@@ -22,6 +22,7 @@ from jax import Array
 
 from benchmarks.report import environment, progress, publish, table
 from taylor_softmax import monte_carlo, stax
+from taylor_softmax.methods import Direct
 
 N_CLASSES = 10
 # Inputs of few dimensions: pairs of them have all correlations, not only those near 0.
@@ -60,7 +61,7 @@ class Case:
 
 
 def taylor(order: int) -> Layer:
-    layer, reference = stax.TaylorSoftmax(order), stax.TaylorSoftmax(order, method="direct")
+    layer, reference = stax.TaylorSoftmax(order), stax.TaylorSoftmax(order, method=Direct())
     return Layer(f"TaylorSoftmax({order})", layer, reference, 1 / N_CLASSES)
 
 
@@ -74,7 +75,7 @@ def numerical(deg: int) -> Any:
 
 ERF = Layer("Erf", stax.Erf(), stax.Erf())
 TAYLOR_2, TAYLOR_8 = taylor(2), taylor(8)
-SOFTMAX = Layer("Softmax", stax.Softmax(), stax.Softmax(method="direct"), 1 / N_CLASSES)
+SOFTMAX = Layer("Softmax", stax.Softmax(), stax.Softmax(method=Direct()), 1 / N_CLASSES)
 NUMERICAL = Layer("ElementwiseNumerical", numerical(10), numerical(60), 0.5)
 
 
@@ -283,7 +284,7 @@ on the logits' kernel. Variances of the logits: all 1; spread geometrically over
 1; over six decades up to 4. Compilation includes tracing. Memory: outputs and temporaries of the
 compiled function. "/ Erf": ratio of medians, and of memory, to the `Erf` row of the same scope and
 variances. Error: the largest on 24 x 24 entries, relative to the value at correlation 1 (the
-NNGP's less the squared mean output), against `method="direct"` in float64. In float32 the NNGP
+NNGP's less the squared mean output), against `method=Direct()` in float64. In float32 the NNGP
 contains 1/n^2, whose rounding alone is large beside the covariance at variances of 1e-5.
 
 `ElementwiseNumerical` is `stax.ElementwiseNumerical(jax.nn.sigmoid, deg=10)`: an elementwise layer,

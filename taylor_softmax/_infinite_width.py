@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from taylor_softmax._generated import infinite_width
+from taylor_softmax._numerics.surrogate import Exponential, Surrogate
 
 # Orders whose moments SymPy has multiplied out; the sums above do for all others.
 _EMITTED = {
@@ -28,15 +29,17 @@ _EMITTED = {
 }
 
 
-def moments(var1: Array, cov12: Array, var2: Array, *, order: int | None) -> tuple[Array, Array]:
+def moments(var1: Array, cov12: Array, var2: Array, *, surrogate: Surrogate) -> tuple[Array, Array]:
     """`(nngp, d nngp / d cov12)` of the infinitely wide layer, for arrays that broadcast.
 
     For softmax both overflow where `exp(cov12)` does, as the limit itself does. In float32 at
     variances near 1e3, orders above 16 lose digits: 7e-3 at order 32.
     """
-    if order is None:
+    if isinstance(surrogate, Exponential):
         value = jnp.exp(cov12) * jnp.ones_like(var1 * var2)
         return value, value
+    order = surrogate.order
+    assert order is not None
     if order in _EMITTED:
         second, slope, mean1, mean2 = _EMITTED[order](var1, cov12, var2)
         # One mean after the other, and as factors: their product, or the square in a quotient's

@@ -6,11 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, nn
 
-from taylor_softmax._numerics import surrogate
+from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.surrogate import Surrogate, parse
 
 
 def cross_entropy(
-    order: int | None = None, *, probabilities: bool = False
+    order: Validated[int | None] = None, *, probabilities: Validated[bool] = False
 ) -> Callable[[Array, Array], Any]:
     """The cross-entropy `-sum_i y_i log p_i`, averaged over all axes but the last.
 
@@ -36,13 +37,13 @@ def cross_entropy(
       TypeError: `order` is not an integer.
       ValueError: `order` is odd or below 2, or given although outputs are probabilities.
     """
-    order = surrogate.check_order(order)
+    surrogate = parse(order)
     if probabilities and order is not None:
         raise ValueError(
             f"`order` must be None with `probabilities=True`, got {order}: the network has applied "
             "its softmax already."
         )
-    log_probabilities = _log_of_probabilities if probabilities else _log_softmax(order)
+    log_probabilities = _log_of_probabilities if probabilities else _log_softmax(surrogate)
 
     def loss(fx: Array, y: Array) -> Array:
         if jnp.shape(fx) != jnp.shape(y):
@@ -55,9 +56,9 @@ def cross_entropy(
     return loss
 
 
-def _log_softmax(order: int | None) -> Callable[[Array], Array]:
+def _log_softmax(surrogate: Surrogate) -> Callable[[Array], Array]:
     def log_softmax(fx: Array) -> Array:
-        return nn.log_softmax(surrogate.log_value(fx, order=order))
+        return nn.log_softmax(surrogate.log_value(fx))
 
     return log_softmax
 

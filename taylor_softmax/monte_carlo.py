@@ -9,10 +9,14 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from jax.typing import ArrayLike
 
-from taylor_softmax._class_axis.covariance import check_n_classes
-from taylor_softmax._numerics import surrogate
-from taylor_softmax._numerics.arguments import check_integer
-from taylor_softmax._position_axis.moments import broadcast_covariances
+from taylor_softmax._numerics.arguments import (
+    Validated,
+    broadcast_covariances,
+    check_integer,
+    check_n_classes,
+)
+from taylor_softmax._numerics.precision import einsum
+from taylor_softmax._numerics.surrogate import Surrogate, parse
 
 # Numbers drawn at once, over all pairs: 32 MB in float64.
 _CHUNK = 1 << 22
@@ -32,13 +36,13 @@ class Estimate(NamedTuple):
 
 def class_second_moment(
     key: Array,
-    var1: ArrayLike,
-    cov12: ArrayLike,
-    var2: ArrayLike,
+    var1: Validated[ArrayLike],
+    cov12: Validated[ArrayLike],
+    var2: Validated[ArrayLike],
     *,
-    n_classes: int,
-    order: int | None = None,
-    n_samples: int,
+    n_classes: Validated[int],
+    order: Validated[int | None] = None,
+    n_samples: Validated[int],
 ) -> Estimate:
     """`E[y(u) y(v)^T]` by sampling the logits: `(u_i, v_i) ~ N(0, [[a, c], [c, b]])`, i.i.d.
 
@@ -60,7 +64,7 @@ def class_second_moment(
     Raises:
       TypeError, ValueError: `n_classes`, `order` or `n_samples` is not one of the above.
     """
-    n_classes, order = check_n_classes(n_classes), surrogate.check_order(order)
+    n_classes, surrogate = check_n_classes(n_classes), parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
     arrays = tuple(jnp.asarray(x) for x in (var1, cov12, var2))
     dtype = jnp.result_type(float, *arrays)
@@ -74,19 +78,19 @@ def class_second_moment(
 
     factors = jnp.stack([root, slope, rest])
     estimate = _second_moment(
-        key, factors, _draw_classes, (var1.size, n_classes), order, n_samples, _CHUNK
+        key, factors, _draw_classes, (var1.size, n_classes), surrogate, n_samples, _CHUNK
     )
     return Estimate(*(x.reshape(*shape, n_classes, n_classes) for x in estimate))
 
 
 def joint_second_moment(
     key: Array,
-    cov11: ArrayLike,
-    cov12: ArrayLike,
-    cov22: ArrayLike,
+    cov11: Validated[ArrayLike],
+    cov12: Validated[ArrayLike],
+    cov22: Validated[ArrayLike],
     *,
-    order: int | None = None,
-    n_samples: int,
+    order: Validated[int | None] = None,
+    n_samples: Validated[int],
 ) -> Estimate:
     """`E[y(u) y(v)^T]` by sampling logits `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])`.
 
@@ -105,7 +109,7 @@ def joint_second_moment(
       TypeError, ValueError: `order` or `n_samples` is not one of the above; a covariance is not of
         shape `(..., S, S)`.
     """
-    order = surrogate.check_order(order)
+    surrogate = parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
     covs = broadcast_covariances(cov11, cov12, cov22)
     shape, size = covs[0].shape, covs[0].shape[-1]
@@ -116,7 +120,7 @@ def joint_second_moment(
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
 
     estimate = _second_moment(
-        key, root, _draw_positions, (len(root), size), order, n_samples, _CHUNK
+        key, root, _draw_positions, (len(root), size), surrogate, n_samples, _CHUNK
     )
     return Estimate(*(x.reshape(shape) for x in estimate))
 
@@ -130,17 +134,17 @@ def _draw_classes(key: Array, factors: Array, shape: tuple[int, ...]) -> tuple[A
 def _draw_positions(key: Array, root: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     *leading, size = shape
     x = random.normal(key, (*leading, 2 * size), root.dtype)
-    z = jnp.einsum("bij,nbj->nbi", root, x, precision=lax.Precision.HIGHEST)
+    z = einsum("bij,nbj->nbi", root, x)
     return z[..., :size], z[..., size:]
 
 
-@functools.partial(jax.jit, static_argnames=("draw", "shape", "order", "n_samples", "at_once"))
+@functools.partial(jax.jit, static_argnames=("draw", "shape", "surrogate", "n_samples", "at_once"))
 def _second_moment(
     key: Array,
     factors: Array,
     draw: Callable[[Array, Array, tuple[int, ...]], tuple[Array, Array]],
     shape: tuple[int, int],
-    order: int | None,
+    surrogate: Surrogate,
     n_samples: int,
     at_once: int,
 ) -> tuple[Array, Array]:
@@ -159,7 +163,7 @@ def _second_moment(
     # Chan's update of mean and sum of squared deviations: sums of squares would cancel.
     def merge(state: tuple[Array, Array, Array], key: Array, n: int) -> tuple[Array, Array, Array]:
         count, mean, deviation = state
-        left, right = (surrogate.softmax(z, order=order) for z in draw(key, factors, (n, *shape)))
+        left, right = (surrogate.softmax(z) for z in draw(key, factors, (n, *shape)))
         samples = left[..., :, None] * right[..., None, :]
         chunk_mean = jnp.mean(samples, 0)
         chunk_deviation = jnp.sum((samples - chunk_mean) ** 2, 0)

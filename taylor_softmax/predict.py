@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from taylor_softmax._numerics import surrogate
-from taylor_softmax._probabilities import moments as _posterior
+from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.surrogate import parse
+from taylor_softmax._probabilities import moments as class_moments
 
 
 class ClassPosterior(NamedTuple):
@@ -23,7 +24,12 @@ class ClassPosterior(NamedTuple):
     covariance: Array
 
 
-def class_probabilities(mean: ArrayLike, variance: ArrayLike, *, order: int | None = None) -> Array:
+def class_probabilities(
+    mean: Validated[ArrayLike],
+    variance: Validated[ArrayLike],
+    *,
+    order: Validated[int | None] = None,
+) -> Array:
     """`E[f(z_i) / sum_j f(z_j)]` for independent Gaussian logits `z_j ~ N(mean_j, variance_j)`.
 
     With `phi_j(t) = E[exp(-t f(z_j))]` and `1 / D = int_0^inf exp(-t D) dt`,
@@ -62,7 +68,10 @@ def class_probabilities(mean: ArrayLike, variance: ArrayLike, *, order: int | No
 
 
 def class_probability_covariance(
-    mean: ArrayLike, variance: ArrayLike, *, order: int | None = None
+    mean: Validated[ArrayLike],
+    variance: Validated[ArrayLike],
+    *,
+    order: Validated[int | None] = None,
 ) -> Array:
     """`Cov[y_i, y_j]` of `y = f(z) / sum_j f(z_j)` for independent Gaussian logits.
 
@@ -79,7 +88,7 @@ def class_probability_covariance(
     return _covariance(_moments(mean, variance, order, covariance=True))
 
 
-def class_posterior(gaussian: Any, *, order: int | None = None) -> ClassPosterior:
+def class_posterior(gaussian: Any, *, order: Validated[int | None] = None) -> ClassPosterior:
     """Class probabilities of a posterior over logits as neural-tangents returns it.
 
     For a network without its last softmax, whose outputs are independent over classes:
@@ -127,9 +136,13 @@ def class_posterior(gaussian: Any, *, order: int | None = None) -> ClassPosterio
 
 
 def _moments(
-    mean: ArrayLike, variance: ArrayLike, order: int | None, *, covariance: bool
-) -> _posterior.Moments:
-    order = surrogate.check_order(order)
+    mean: Validated[ArrayLike],
+    variance: Validated[ArrayLike],
+    order: Validated[int | None],
+    *,
+    covariance: bool,
+) -> class_moments.Moments:
+    surrogate = parse(order)
     mean, variance = jnp.asarray(mean), jnp.asarray(variance)
     for name, array in (("mean", mean), ("variance", variance)):
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -154,10 +167,10 @@ def _moments(
         x.astype(dtype).reshape(-1, n_classes)
         for x in (mean, jnp.broadcast_to(variance, mean.shape))
     )
-    moments = _posterior.moments(*rows, order=order, covariance=covariance)
+    moments = class_moments.moments(*rows, surrogate=surrogate, covariance=covariance)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), moments)
 
 
-def _covariance(moments: _posterior.Moments) -> Array:
+def _covariance(moments: class_moments.Moments) -> Array:
     assert moments.covariance is not None
     return moments.covariance

@@ -8,8 +8,11 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jaxtyping
 
 jax.config.update("jax_enable_x64", True)
 
-# Makes neural_tangents importable for the test modules, which import it in alphabetical order.
-import taylor_softmax  # noqa: F401
+# Checks shapes and types of what is annotated, under pytest only. This import makes neural_tangents
+# importable for the test modules, too, which import it in alphabetical order.
+with jaxtyping.install_import_hook("taylor_softmax", "beartype.beartype"):
+    import taylor_softmax  # noqa: F401

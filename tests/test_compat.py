@@ -26,8 +26,8 @@ import neural_tangents
 # Untyped: neural_tangents' annotations are narrower than what its functions take and return.
 nt: Any = neural_tangents
 stax = nt.stax
-empirical: Any = _compat.empirical
-predict: Any = _compat.predict
+empirical: Any = _compat.empirical.empirical
+predict: Any = _compat.predict.predict
 
 pytestmark = pytest.mark.core
 
@@ -193,7 +193,7 @@ assert sys.modules["neural_tangents"] is nt and nt.experimental is experimental
 
 
 def test_names_are_only_lent_while_importing():
-    with _compat._lent_names():
+    with _compat.lending.lent_names():
         from jax.core import Jaxpr  # pyright: ignore[reportAttributeAccessIssue]
         from jax.util import safe_map, safe_zip  # pyright: ignore[reportMissingImports]
     assert Jaxpr is jax.extend.core.Jaxpr
@@ -701,5 +701,5 @@ def test_overlays_are_seen_by_their_importer_only():
 @pytest.mark.parametrize("x", [jnp.ones((2, 3)), np.ones(4), 1.5, jax.ShapeDtypeStruct((2,), "f")])
 def test_shape_functions(x):
     shape = np.shape(x) if not isinstance(x, jax.ShapeDtypeStruct) else x.shape
-    assert _compat._shape(x) == shape
-    assert _compat._size(x) == np.prod(shape)
+    assert _compat.empirical._shape(x) == shape
+    assert _compat.empirical._size(x) == np.prod(shape)

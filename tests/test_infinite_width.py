@@ -14,6 +14,7 @@ import pytest
 from numpy.polynomial import hermite_e
 
 from taylor_softmax import _infinite_width
+from taylor_softmax._numerics.surrogate import parse
 
 EMITTED = (2, 4, 6, 8, 10, 12)
 ORDERS = (*EMITTED, 14, 20, 32)
@@ -107,7 +108,13 @@ def assert_moments(got, covariance, order: int, allowed: float) -> None:
 
 
 # One compilation, where eager operations would each have their own.
-compiled: Any = jax.jit(_infinite_width.moments, static_argnames="order")
+
+
+def kernel(var1, cov12, var2, *, order: int | None):
+    return _infinite_width.moments(var1, cov12, var2, surrogate=parse(order, finite=False))
+
+
+compiled: Any = jax.jit(kernel, static_argnames="order")
 
 
 def moments(covariance, order, dtype: Any = np.float64):
@@ -212,9 +219,7 @@ out_of_range = pytest.mark.xfail(
 @functools.cache
 def derivatives_fn(order) -> Any:
     """Cached: compiling the sums for one order and shape takes a second or more."""
-    function = jax.jacrev(
-        functools.partial(_infinite_width.moments, order=order), argnums=(0, 1, 2)
-    )
+    function = jax.jacrev(functools.partial(kernel, order=order), argnums=(0, 1, 2))
     return jax.jit(jax.vmap(function))
 
 
@@ -323,9 +328,7 @@ def test_constant_input(order):
 def test_slope_is_the_derivative(order):
     """By Price's theorem; here by differentiating the value, and by mpmath."""
     arguments = [jnp.asarray(x) for x in np.array(COVARIANCES).T]
-    value_fn: Any = jax.grad(
-        lambda a, c, b: _infinite_width.moments(a, c, b, order=order)[0], argnums=1
-    )
+    value_fn: Any = jax.grad(lambda a, c, b: kernel(a, c, b, order=order)[0], argnums=1)
     value_fn = jax.jit(jax.vmap(value_fn))
     _, slope = compiled(*arguments, order=order)
     var1, cov12, var2 = arguments
@@ -343,7 +346,7 @@ def test_slope_is_the_derivative(order):
 
 def test_softmax_is_exp():
     var1, cov12, var2 = (jnp.asarray(x) for x in np.array(COVARIANCES).T)
-    value, slope = _infinite_width.moments(var1, cov12, var2, order=None)
+    value, slope = kernel(var1, cov12, var2, order=None)
     want = [float(mpmath.exp(float(c))) for c in cov12]
     np.testing.assert_allclose(value, want, rtol=2 * EPS * 12)
     np.testing.assert_array_equal(value, slope)
@@ -378,5 +381,5 @@ def test_broadcasts(order):
             each = compiled(var1[i, 0], cov12[i, j], var2[j], order=order)
             np.testing.assert_allclose(got[:, i, j], each, rtol=1e-14)
     # cov12 may be the one that is broadcast.
-    value, slope = _infinite_width.moments(var1, jnp.asarray(0.1), var2, order=order)
+    value, slope = kernel(var1, jnp.asarray(0.1), var2, order=order)
     assert value.shape == slope.shape == (3, 2)

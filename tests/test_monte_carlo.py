@@ -8,6 +8,7 @@ from jax import random
 
 from oracles import class_axis as brute_force
 from taylor_softmax import monte_carlo
+from taylor_softmax._numerics.surrogate import parse
 
 pytestmark = pytest.mark.core
 
@@ -63,7 +64,7 @@ def test_memory_does_not_grow_with_the_samples():
             jnp.ones((3, 1)),
             monte_carlo._draw_classes,
             shape=(1, 10),
-            order=2,
+            surrogate=parse(2),
             n_samples=1000 * n_chunks,
             at_once=1000 * 120,
         ).compile()

@@ -11,7 +11,9 @@ from jax import random
 
 import taylor_softmax
 from taylor_softmax import stax
+from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._position_axis import moments
+from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
 # Bound on |z| of the largest of up to 2,000 entries, most of them correlated: 1e-4 by chance.
 LARGEST_Z = 5.5
@@ -97,7 +99,7 @@ def test_other_orders_against_sampling(order, variance, limit):
     )
     assert np.all(np.abs(value - mean) < limit * np.max(mean) + 5 * stderr)
     # Negative control: the series alone is worse, another order is found.
-    series = taylor_softmax.joint_second_moment(*given, order=order, n_points=0)
+    series = taylor_softmax.joint_second_moment(*given, order=order, method=Series())
     assert np.max(np.abs(series - mean)) > np.max(np.abs(value - mean))
     other = taylor_softmax.joint_second_moment(*given, order=2)
     assert not np.all(np.abs(other - mean) < limit * np.max(mean) + 5 * stderr)
@@ -105,7 +107,7 @@ def test_other_orders_against_sampling(order, variance, limit):
 
 def test_softmax_of_independent_positions_is_the_class_kernel():
     size, covs = 4, [x * np.eye(4) for x in (1.0, 0.6, 0.5)]
-    moment = taylor_softmax.joint_second_moment(*covs, order=None, n_points=1 << 14)
+    moment = taylor_softmax.joint_second_moment(*covs, order=None, method=QuasiMonteCarlo(1 << 14))
     covariance = taylor_softmax.class_covariance(1.0, 0.6, 0.5, n_classes=size, order=None)
     expected = 1 / size**2 + covariance * (np.eye(size) - 1 / size)
     np.testing.assert_allclose(moment, expected, atol=1e-3 * np.max(expected))
@@ -128,7 +130,9 @@ def test_finite_values_and_gradients_at_the_edges(order, dtype):
 
     def total(*covs):
         weights = jnp.arange(9, dtype=dtype).reshape(3, 3)
-        moment = taylor_softmax.joint_second_moment(*covs, order=order, n_points=64)
+        moment = taylor_softmax.joint_second_moment(
+            *covs, order=order, method=None if order == 2 else QuasiMonteCarlo(64)
+        )
         return jnp.sum(weights * moment)
 
     with_gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
@@ -147,16 +151,20 @@ def test_derivative_is_that_of_the_moment(order):
     one, cross, two = (jnp.asarray(x) for x in covariances(4, "equicorrelated"))
     theta = jnp.asarray(np.random.default_rng(3).standard_normal((4, 4)))
     present, index = jnp.ones((1, 4)), np.zeros(1, int)
+    surrogate, method = parse(order), Direct() if order == 2 else QuasiMonteCarlo(1 << 14)
     inputs = [
-        moments.prepare(cov[None], present, order=order, n_points=1 << 14) for cov in (one, two)
+        moments.prepare(cov[None], present, surrogate=surrogate, method=method)
+        for cov in (one, two)
     ]
 
     def moment(cov12):
-        result, _ = moments.second_moments(*inputs, index, index, cov12[None], None, order, 1 << 14)
+        result, _ = moments.second_moments(
+            *inputs, index, index, cov12[None], None, surrogate, method
+        )
         return result[0]
 
     _, derivative = moments.second_moments(
-        *inputs, index, index, cross[None], theta[None], order, 1 << 14
+        *inputs, index, index, cross[None], theta[None], surrogate, method
     )
     step = 1e-3
     difference = (moment(cross + step * theta) - moment(cross - step * theta)) / (2 * step)
@@ -179,10 +187,12 @@ def test_errors_name_the_argument():
     eye = np.eye(3)
     with pytest.raises(ValueError, match=r"`cov12` \(2, 2\)"):
         taylor_softmax.joint_second_moment(eye, np.eye(2), eye, order=2)
-    with pytest.raises(ValueError, match="`n_points` must be at least 0"):
-        taylor_softmax.joint_second_moment(eye, eye, eye, order=None, n_points=-1)
+    with pytest.raises(ValueError, match="`n_points` must be at least 1"):
+        taylor_softmax.joint_second_moment(eye, eye, eye, method=QuasiMonteCarlo(0))
+    with pytest.raises(ValueError, match=r"`method=Direct\(\)` does not apply"):
+        taylor_softmax.joint_second_moment(eye, eye, eye, method=Direct())
     with pytest.raises(TypeError, match="`n_points` must be an integer"):
-        stax.Softmax(axis=1, n_points=1.5)
+        stax.Softmax(axis=1, method=QuasiMonteCarlo(1.5))
     with pytest.raises(ValueError, match="`order` must be even"):
         taylor_softmax.joint_second_moment(eye, eye, eye, order=3)
 

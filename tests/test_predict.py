@@ -11,7 +11,7 @@ import scipy.special
 from jax import random
 
 from taylor_softmax import predict, stax
-from taylor_softmax._numerics import surrogate
+from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._probabilities import moments as probabilities
 
 import neural_tangents as nt  # isort: skip
@@ -163,7 +163,7 @@ def test_against_sampling(order):
     n, n_samples = 6, 200_000
     mean, variance = rng.normal(size=n), rng.uniform(0.1, 6, n)
     logits = mean + np.sqrt(variance) * rng.standard_normal((n_samples, n))
-    y = np.asarray(surrogate.softmax(jnp.asarray(logits), order=order))
+    y = np.asarray(parse(order).softmax(jnp.asarray(logits)))
     probabilities = np.asarray(predict.class_probabilities(mean, variance, order=order))
     stderr = y.std(0) / np.sqrt(n_samples)
     assert np.max(np.abs(y.mean(0) - probabilities) / stderr) < 4.5
@@ -208,7 +208,7 @@ def test_variance_zero(order, dtype):
     zero, eps = jnp.zeros_like(mean), float(jnp.finfo(dtype).eps)
 
     def softmax(mean):
-        return surrogate.softmax(mean, order=order)
+        return parse(order).softmax(mean)
 
     got = predict.class_probabilities(mean, zero, order=order)
     np.testing.assert_allclose(got, softmax(mean), atol=10 * eps)
@@ -237,7 +237,7 @@ def test_the_sum_before_normalisation(order):
     rng = np.random.default_rng(5)
     mean = jnp.asarray(rng.normal(size=(60, 4)) * 3)
     variance = jnp.asarray(10 ** rng.uniform(-3, 2, (60, 1)) * 10 ** rng.uniform(-2, 0, (60, 4)))
-    result = probabilities.moments(mean, variance, order=order, covariance=True)
+    result = probabilities.moments(mean, variance, surrogate=parse(order), covariance=True)
     np.testing.assert_allclose(result.total, 1, atol=1e-6)
     np.testing.assert_allclose(jnp.sum(result.mean, 1), 1, atol=1e-15 * 4)
     assert np.min(result.mean) >= 0
@@ -286,7 +286,7 @@ def test_edges(order, dtype):
     )
 
     def total(mean, variance):
-        result = probabilities.moments(mean, variance, order=order, covariance=True)
+        result = probabilities.moments(mean, variance, surrogate=parse(order), covariance=True)
         # Weights that differ: the sum of all entries has gradient 0.
         weighted = (x * jnp.cos(jnp.arange(x.size, dtype=dtype)).reshape(x.shape) for x in result)
         return sum(map(jnp.sum, weighted)), result
@@ -338,7 +338,7 @@ def test_ten_thousand_classes(order):
 def test_memory_does_not_grow_with_the_points(order):
     def temporary_bytes(n):
         one = jnp.ones((n, 10_000))
-        lowered = probabilities.moments.lower(one, one, order=order, covariance=False)
+        lowered = probabilities.moments.lower(one, one, surrogate=parse(order), covariance=False)
         memory = lowered.compile().memory_analysis()
         return memory.temp_size_in_bytes - 10 * memory.output_size_in_bytes
 

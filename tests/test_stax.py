@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import taylor_softmax
 from taylor_softmax import stax
+from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
 pytestmark = pytest.mark.core
 
@@ -41,7 +42,7 @@ def convolutional(*end, width=128, logits=3):
 
 
 NETWORKS = {
-    "order 2": (fully_connected(stax.TaylorSoftmax()), X1, X2),
+    "order 2": (fully_connected(stax.TaylorSoftmax(2)), X1, X2),
     "order 4, two classes": (fully_connected(stax.TaylorSoftmax(4), logits=2), X1, X2),
     "softmax": (fully_connected(stax.Softmax()), X1, X2),
     "softmax of images": (convolutional(stax.Softmax(), stax.Flatten()), IMAGES1, IMAGES2),
@@ -314,6 +315,7 @@ def test_without_x64():
     program = """
 import json, jax.numpy as jnp
 from taylor_softmax import stax
+from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 x1 = jnp.array([[0.3, -1.0], [2.0, 0.1]]); x2 = jnp.array([[1.0, 0.5]])
 kernels = []
 for layer in (stax.TaylorSoftmax(2), stax.TaylorSoftmax(8), stax.Softmax()):
@@ -351,16 +353,20 @@ def test_apply_normalises_and_scales():
     _, apply_fn, _ = stax.Softmax(axis=1)
     np.testing.assert_allclose(apply_fn((), z), jax.nn.softmax(z, 1), rtol=1e-14)
     f = 1 + z + z**2 / 2
-    _, apply_fn, _ = stax.TaylorSoftmax()
+    _, apply_fn, _ = stax.TaylorSoftmax(2)
     np.testing.assert_allclose(apply_fn((), z), f / f.sum(-1, keepdims=True), rtol=1e-14)
 
 
-def test_everything_of_neural_tangents_is_there():
+def test_everything_of_neural_tangents_is_there_and_nothing_leaks():
     import neural_tangents.stax
 
-    for name in vars(neural_tangents.stax):
-        if not name.startswith("_"):
-            assert getattr(stax, name) is getattr(neural_tangents.stax, name), name
+    theirs = {name for name in vars(neural_tangents.stax) if not name.startswith("_")}
+    assert set(stax.__all__) == theirs | {"Softmax", "TaylorSoftmax"}
+    # The check of annotations imports jaxtyping into every module.
+    there = {name for name in vars(stax) if not name.startswith("_")} - {"jaxtyping"}
+    assert there == set(stax.__all__)
+    for name in theirs:
+        assert getattr(stax, name) is getattr(neural_tangents.stax, name), name
 
 
 @pytest.mark.parametrize(
@@ -371,13 +377,15 @@ def test_everything_of_neural_tangents_is_there():
         ({"order": -2}, ValueError, "`order`.*-2"),
         ({"order": True}, TypeError, "`order`.*True"),
         ({"order": 2.0}, TypeError, "`order`.*2.0"),
-        ({"order": None}, TypeError, "`order`.*None"),
         ({"order": 34}, NotImplementedError, "`order`.*34"),
         ({"axis": 1.5}, TypeError, "`axis`.*1.5"),
         ({"axis": True}, TypeError, "`axis`.*True"),
         ({"axis": ()}, ValueError, "`axis`"),
         ({"infinite_width": 1}, TypeError, "`infinite_width`.*1"),
-        ({"method": "fast"}, ValueError, "`method`.*fast"),
+        ({"method": "fast"}, TypeError, "`method`.*fast"),
+        ({"method": QuasiMonteCarlo(8), "order": 2}, ValueError, "`method=Q.*`Interpolate"),
+        ({"method": Direct(), "infinite_width": True}, ValueError, "`method=D.*closed form"),
+        ({"method": Series, "order": None}, TypeError, "`method`.*Series"),
     ],
 )
 def test_errors_of_construction(arguments, error, message):

@@ -13,6 +13,7 @@ import pytest
 from numpy.polynomial import hermite_e
 
 from taylor_softmax._numerics import surrogate
+from taylor_softmax._numerics.surrogate import parse
 
 ORDERS = (2, 4, 8, 16, 32, None)
 DTYPES = (np.float32, np.float64)
@@ -75,21 +76,36 @@ def assert_within(got, want, allowed, scale=None) -> None:
 @pytest.mark.parametrize(
     "order", [2, 4, 32, 100, np.int32(4), np.int64(6), np.uint8(8), np.array(4)]
 )
-def test_check_order_returns_a_plain_int(order):
-    got = surrogate.check_order(order)
+def test_parse_makes_a_plain_int(order):
+    got = parse(order, finite=False).order
     assert type(got) is int
     assert got == order
 
 
-def test_check_order_of_softmax():
-    assert surrogate.check_order(None) is None
-    assert surrogate.check_order(None, allow_softmax=True) is None
-    with pytest.raises(TypeError, match="`order` must be an integer, got None") as error:
-        surrogate.check_order(None, allow_softmax=False)
-    assert "softmax itself" not in str(error.value)
+def test_surrogates_are_values():
+    """Equal and hashed as the functions that they stand for: static arguments of `jit`."""
+    assert parse(None).order is None
+    assert len({parse(None), parse(None), parse(4), parse(np.int64(4)), parse(6)}) == 3
+    with pytest.raises(AttributeError):
+        parse(4).order = 6
 
 
-@pytest.mark.parametrize("allow_softmax", [True, False])
+def test_what_a_surrogate_knows_of_itself():
+    assert [parse(order).has_closed_form for order in (None, 2, 4)] == [False, True, False]
+    assert [parse(order).is_shift_invariant for order in (None, 2, 4)] == [True, False, False]
+    z = jnp.asarray([0.3, -1.2, 2.0])
+    for order in (None, 2, 4):
+        moved = jnp.abs(parse(order).softmax(z + 1) - parse(order).softmax(z)).max()
+        assert (moved < 1e-15) == parse(order).is_shift_invariant
+
+
+def test_the_limit_over_a_finite_axis():
+    assert parse(32).order == 32
+    assert parse(34, finite=False).order == 34
+    with pytest.raises(NotImplementedError, match=r"`order`.*at most 32, got 34.*infinite_width"):
+        parse(34)
+
+
 @pytest.mark.parametrize(
     ("order", "kind", "said"),
     [
@@ -110,13 +126,12 @@ def test_check_order_of_softmax():
         (np.int64(7), ValueError, "even, got 7"),
     ],
 )
-def test_check_order_says_what_is_wrong(order, kind, said, allow_softmax):
+def test_parse_says_what_is_wrong(order, kind, said):
     with pytest.raises(kind, match="`order`") as error:
-        surrogate.check_order(order, allow_softmax=allow_softmax)
+        parse(order)
     message = str(error.value)
     assert said in message
-    assert "Pass an even integer >= 2" in message
-    assert ("`None`" in message) == allow_softmax
+    assert "Pass an even integer >= 2, or `None` for softmax" in message
 
 
 # Softmax
@@ -126,7 +141,7 @@ def test_check_order_says_what_is_wrong(order, kind, said, allow_softmax):
 @pytest.mark.parametrize("order", ORDERS)
 def test_softmax_is_its_definition(order, dtype):
     z = LOGITS.astype(dtype)
-    got = surrogate.softmax(jnp.asarray(z), order=order)
+    got = parse(order).softmax(jnp.asarray(z))
     assert got.dtype == dtype
     want = np.stack([exact_softmax(row, order) for row in z])
     assert_within(got, want, roundings(order) * np.finfo(dtype).eps)
@@ -137,12 +152,12 @@ def test_a_wrong_root_is_noticed(order, monkeypatch):
     """Negative control: one root of the product moved by 1e-12."""
     z, want = LOGITS[2], exact_softmax(LOGITS[2], order)
     allowed = roundings(order) * np.finfo(float).eps
-    assert_within(surrogate.softmax(jnp.asarray(z), order=order), want, allowed)
+    assert_within(parse(order).softmax(jnp.asarray(z)), want, allowed)
     factors = surrogate._QuadraticFactors(order)
     factors.real = (factors.real[0] + 1e-12, *factors.real[1:])
     monkeypatch.setattr(surrogate, "_quadratic_factors", lambda order: factors)
     with pytest.raises(AssertionError, match="beyond"):
-        assert_within(surrogate.softmax(jnp.asarray(z), order=order), want, allowed)
+        assert_within(parse(order).softmax(jnp.asarray(z)), want, allowed)
 
 
 def horner(z: np.ndarray, order: int) -> np.ndarray:
@@ -161,7 +176,7 @@ def test_positive_in_float32_where_horner_is_not():
     want = exact_softmax(z, 32)
     with pytest.raises(AssertionError, match="beyond"):
         assert_within(naive / naive.sum(), want, 1e-1)
-    got = surrogate.softmax(jnp.asarray(z), order=32)
+    got = parse(32).softmax(jnp.asarray(z))
     assert float(got.min()) > 0
     assert_within(got, want, roundings(32) * np.finfo(np.float32).eps)
 
@@ -171,7 +186,7 @@ def test_horner_loses_digits_in_float32_at_order_16():
     z = np.array([-10.0, -5.0, -4.0], np.float32)
     want = exact_softmax(z, 16)
     allowed = roundings(16) * np.finfo(np.float32).eps
-    assert_within(surrogate.softmax(jnp.asarray(z), order=16), want, allowed)
+    assert_within(parse(16).softmax(jnp.asarray(z)), want, allowed)
     naive = horner(z, 16)
     with pytest.raises(AssertionError, match="beyond"):
         assert_within(naive / naive.sum(), want, allowed)
@@ -181,7 +196,7 @@ def test_horner_loses_digits_in_float32_at_order_16():
 def test_positive_in_float32_everywhere(order):
     """Also between the points of the tests above: f > 0 on the whole negative axis."""
     z = jnp.linspace(-40, 0, 4001, dtype=jnp.float32)
-    assert float(surrogate._scaled_taylor(z, jnp.float32(1), order).min()) > 0
+    assert float(parse(order)._scaled(z, jnp.float32(1)).min()) > 0
 
 
 HUGE = np.array(
@@ -199,13 +214,13 @@ HUGE = np.array(
 def test_huge_logits(order, dtype):
     z = HUGE.astype(dtype)
     eps = np.finfo(dtype).eps
-    got = surrogate.softmax(jnp.asarray(z), order=order)
+    got = parse(order).softmax(jnp.asarray(z))
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got.sum(axis=1), 1, rtol=0, atol=8 * eps)
     for row, row_got in zip(z, got, strict=True):
         # Divided by powers of 1e10, what is small beside it keeps its digits until it underflows.
         assert_within(row_got, exact_softmax(row, order), roundings(order) * eps)
-    function = jax.jit(jax.vmap(jax.jacobian(lambda z: surrogate.softmax(z, order=order))))
+    function = jax.jit(jax.vmap(jax.jacobian(lambda z: parse(order).softmax(z))))
     jacobian = function(jnp.asarray(z))
     assert np.isfinite(jacobian).all()
     for row, row_jacobian in zip(z, jacobian, strict=True):
@@ -217,7 +232,7 @@ def test_huge_logits(order, dtype):
 def test_without_the_scale_huge_logits_overflow(order):
     """Negative control of the test above."""
     z = jnp.asarray([1e10, 1.0], jnp.float32)
-    value = surrogate._scaled_taylor(z, jnp.float32(1), order)
+    value = parse(order)._scaled(z, jnp.float32(1))
     assert not np.isfinite(value / value.sum()).all()
 
 
@@ -225,23 +240,23 @@ def test_without_the_scale_huge_logits_overflow(order):
 @pytest.mark.parametrize("axis", [0, -1, (0, 2), (-2, -1), (0, 1, 2)])
 def test_axes(axis, order):
     z = np.random.default_rng(0).normal(size=(2, 3, 4)) * 3
-    got = surrogate.softmax(jnp.asarray(z), order=order, axis=axis)
+    got = parse(order).softmax(jnp.asarray(z), axis=axis)
     with mpmath.workdps(DIGITS):
         values = np.array([taylor(float(x), order) for x in z.ravel()]).reshape(z.shape)
         want = values / values.sum(axis=axis, keepdims=True)
     assert_within(got, want, roundings(order) * np.finfo(float).eps)
-    other = surrogate.softmax(jnp.asarray(z), order=order, axis=2 if axis != -1 else 1)
+    other = parse(order).softmax(jnp.asarray(z), axis=2 if axis != -1 else 1)
     assert np.abs(got - other).max() > 1e-2  # the axis matters
 
 
 @pytest.mark.parametrize("order", [2, 32, None])
 def test_one_class_and_batches(order):
     z = jnp.asarray([[-3.0], [0.0], [1e10]])
-    np.testing.assert_array_equal(surrogate.softmax(z, order=order), np.ones((3, 1)))
+    np.testing.assert_array_equal(parse(order).softmax(z), np.ones((3, 1)))
     rows = jnp.asarray(np.random.default_rng(1).normal(size=(5, 7)))
-    each = jnp.stack([surrogate.softmax(row, order=order) for row in rows])
-    np.testing.assert_allclose(surrogate.softmax(rows, order=order), each, rtol=1e-14)
-    compiled = jax.jit(jax.vmap(lambda row: surrogate.softmax(row, order=order)))(rows)
+    each = jnp.stack([parse(order).softmax(row) for row in rows])
+    np.testing.assert_allclose(parse(order).softmax(rows), each, rtol=1e-14)
+    compiled = jax.jit(jax.vmap(lambda row: parse(order).softmax(row)))(rows)
     np.testing.assert_allclose(compiled, each, rtol=1e-14)
 
 
@@ -262,7 +277,7 @@ def exact_jacobian(z: np.ndarray, order: int | None) -> tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradient_of_softmax(order, dtype):
     z = LOGITS.astype(dtype)
-    jacobian = jax.jit(jax.vmap(jax.jacobian(lambda z: surrogate.softmax(z, order=order))))
+    jacobian = jax.jit(jax.vmap(jax.jacobian(lambda z: parse(order).softmax(z))))
     for row, got in zip(z, jacobian(jnp.asarray(z)), strict=True):
         want, size = exact_jacobian(row, order)
         assert_within(got, want, 2 * roundings(order) * np.finfo(dtype).eps, size)
@@ -286,14 +301,14 @@ def test_exact_jacobian_is_the_derivative():
 def test_gradient_at_a_huge_logit():
     """The scale depends on the largest logit and must not show in the gradient."""
     z = np.array([300.0, -200.0, 10.0, 0.5])
-    got = jax.jacobian(lambda z: surrogate.softmax(z, order=8))(jnp.asarray(z))
+    got = jax.jacobian(lambda z: parse(8).softmax(z))(jnp.asarray(z))
     want, size = exact_jacobian(z, 8)
     assert_within(got, want, 4 * roundings(8) * np.finfo(float).eps, size)
 
     def with_varying_scale(z):
         factors = surrogate._quadratic_factors(8)
         scale = jnp.max(jnp.abs(z)) / factors.unit
-        return surrogate._scaled_taylor(z, scale, 8)
+        return parse(8)._scaled(z, scale)
 
     # Negative control: before it is divided by the sum, the scale does show.
     forgotten = jax.jacobian(with_varying_scale)(jnp.asarray(z))
@@ -321,7 +336,7 @@ X = np.array([-8.0, -4.5, -3.3, -2.0, -1.0, -0.4, 0.0, 0.1, 0.9, 2.2, 3.7, 5.0, 
 @pytest.mark.parametrize("variance", [1e-6, 0.3, 1.0, 4.0, 25.0])
 def test_normalised_is_its_definition(variance, order, dtype):
     x, variance = X.astype(dtype), dtype(variance)
-    value, slope = surrogate.normalised(jnp.asarray(x), jnp.asarray(variance), order=order)
+    value, slope = parse(order).normalised(jnp.asarray(x), jnp.asarray(variance))
     assert value.dtype == slope.dtype == dtype
     with mpmath.workdps(DIGITS):
         mean = exact_mean(float(variance), order)
@@ -343,13 +358,13 @@ def test_normalised_has_mean_one(variance, order):
     """By Gauss-Hermite quadrature, exact for polynomials of the order."""
     x, weight = hermite_e.hermegauss(order // 2 + 1)
     weight /= weight.sum()
-    value, slope = surrogate.normalised(jnp.asarray(x), jnp.asarray(variance), order=order)
+    value, slope = parse(order).normalised(jnp.asarray(x), jnp.asarray(variance))
     np.testing.assert_allclose(value @ weight, 1, rtol=1e-13)
     # E[f_m'] = e_{m/2-1}(variance / 2) is the mean of the order below.
     want = float(exact_mean(variance, order - 2) / exact_mean(variance, order))
     np.testing.assert_allclose(slope @ weight, want, rtol=1e-12)
     # Negative control: under another normal it has another mean.
-    other, _ = surrogate.normalised(jnp.asarray(1.001 * x), jnp.asarray(variance), order=order)
+    other, _ = parse(order).normalised(jnp.asarray(1.001 * x), jnp.asarray(variance))
     assert abs(float(other @ weight) - 1) > 9e-7
 
 
@@ -357,7 +372,7 @@ def test_normalised_exp_has_mean_one():
     x, weight = hermite_e.hermegauss(80)
     weight /= weight.sum()
     for variance in (1e-3, 1.0, 4.0):
-        value, slope = surrogate.normalised(jnp.asarray(x), jnp.asarray(variance), order=None)
+        value, slope = parse(None).normalised(jnp.asarray(x), jnp.asarray(variance))
         np.testing.assert_allclose(value @ weight, 1, rtol=1e-12)
         np.testing.assert_array_equal(value, slope)
 
@@ -367,10 +382,10 @@ def test_normalised_exp_has_mean_one():
 def test_slope_of_normalised_is_the_derivative(order, variance):
     sigma = np.sqrt(variance)
     x = jnp.asarray(X[2:-2])
-    _, slope = surrogate.normalised(x, jnp.asarray(variance), order=order)
+    _, slope = parse(order).normalised(x, jnp.asarray(variance))
 
     def value(t):
-        return surrogate.normalised(t, jnp.asarray(variance), order=order)[0]
+        return parse(order).normalised(t, jnp.asarray(variance))[0]
 
     derivative = jax.vmap(jax.grad(value))(x) / sigma
     largest = float(jnp.abs(slope).max())
@@ -382,9 +397,7 @@ def test_slope_of_normalised_is_the_derivative(order, variance):
 def test_gradient_in_the_variance(variance, order):
     """The scale depends on the variance and must not show: tables and kernels differentiate it."""
     x = X[3:-2]
-    got = jax.jacobian(lambda v: surrogate.normalised(jnp.asarray(x), v, order=order))(
-        jnp.asarray(variance)
-    )
+    got = jax.jacobian(lambda v: parse(order).normalised(jnp.asarray(x), v))(jnp.asarray(variance))
     with mpmath.workdps(DIGITS):
         for f, derivative in zip((taylor, taylor_slope), got, strict=True):
             want = np.array(
@@ -404,14 +417,12 @@ def test_gradient_in_the_variance(variance, order):
 def test_normalised_in_float32_at_a_huge_variance(order):
     x = np.linspace(-8, 8, 129).astype(np.float32)
     variance = jnp.asarray(1e3, jnp.float32)
-    value, slope = surrogate.normalised(jnp.asarray(x), variance, order=order)
+    value, slope = parse(order).normalised(jnp.asarray(x), variance)
     assert value.dtype == slope.dtype == np.float32
     assert np.isfinite(value).all()
     assert np.isfinite(slope).all()
     if order in (2, 16, 32, None):  # compiling them takes long
-        gradient = jax.jit(
-            jax.jacobian(lambda v: surrogate.normalised(jnp.asarray(x), v, order=order))
-        )
+        gradient = jax.jit(jax.jacobian(lambda v: parse(order).normalised(jnp.asarray(x), v)))
         assert all(np.isfinite(g).all() for g in gradient(variance))
     if order is not None:
         # Beside the largest value the smallest may underflow, and nothing may turn negative.
@@ -428,8 +439,8 @@ def test_normalised_in_float32_at_a_huge_variance(order):
 def test_without_the_scale_float32_overflows():
     """Negative control of the test above."""
     sigma, x, one = jnp.float32(1e3) ** 0.5, jnp.float32(8), jnp.float32(1)
-    assert not np.isfinite(surrogate._scaled_taylor(sigma * x, one, 32))
-    value, _ = surrogate.normalised(x, sigma**2, order=32)
+    assert not np.isfinite(parse(32)._scaled(sigma * x, one))
+    value, _ = parse(32).normalised(x, sigma**2)
     assert np.isfinite(value)
 
 
@@ -442,15 +453,15 @@ def test_log_value_and_minimiser(order):
     z = np.concatenate([np.linspace(-60, 60, 41), [-0.1, 1e3]])
     with mpmath.workdps(DIGITS):
         want = [float(mpmath.log(taylor(float(x), order))) for x in z]
-    got = surrogate.log_value(jnp.asarray(z), order=order)
+    got = parse(order).log_value(jnp.asarray(z))
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
-    far = surrogate.log_value(jnp.array([1e37, -1e37], jnp.float32), order=order)
+    far = parse(order).log_value(jnp.array([1e37, -1e37], jnp.float32))
     assert np.isfinite(far).all()
-    slope = jax.vmap(jax.grad(lambda z: surrogate.log_value(z, order=order)))
+    slope = jax.vmap(jax.grad(lambda z: parse(order).log_value(z)))
     if order is None:
-        assert surrogate.minimiser(None) == -np.inf
+        assert parse(None).minimiser == -np.inf
         return
-    at = surrogate.minimiser(order) + np.array([-0.01, 0.0, 0.01])
+    at = parse(order).minimiser + np.array([-0.01, 0.0, 0.01])
     np.testing.assert_array_equal(np.sign(np.round(slope(jnp.asarray(at)), 9)), [-1, 0, 1])
 
 

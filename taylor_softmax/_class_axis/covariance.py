@@ -6,7 +6,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from taylor_softmax._class_axis import integral, interpolant
-from taylor_softmax._numerics import surrogate
-from taylor_softmax._numerics.arguments import check_integer
+from taylor_softmax._numerics.arguments import Validated, check_n_classes
+from taylor_softmax._numerics.precision import off_zero
+from taylor_softmax._numerics.surrogate import Surrogate, parse
+from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
-Method = Literal["auto", "direct", "table"]
-
-# From this many pairs on, "auto" tries a table first: a table costs as much as its nodes.
+# From this many pairs on, `method=None` tries a table first: a table costs as much as its nodes.
 _TABLE_PAIRS = 1024
 
 # Pairs evaluated at once, and of how many second inputs: by quadrature (up to 100 KB a pair, which
@@ -41,13 +41,13 @@ class Pairs(NamedTuple):
 
 
 def class_covariance(
-    var1: ArrayLike,
-    cov12: ArrayLike,
-    var2: ArrayLike,
+    var1: Validated[ArrayLike],
+    cov12: Validated[ArrayLike],
+    var2: Validated[ArrayLike],
     *,
-    n_classes: int,
-    order: int | None,
-    method: Method = "auto",
+    n_classes: Validated[int],
+    order: Validated[int | None] = None,
+    method: Validated[Method | None] = None,
 ) -> Array:
     """The number `I(a, c, b; n)` that determines the class-by-class second moment of a softmax.
 
@@ -73,62 +73,60 @@ def class_covariance(
       var2: variances `b` of the logits at the second input, nonnegative.
       n_classes: number `n` of classes.
       order: even order of the Taylor polynomial `f`, or `None` for `f = exp`, softmax itself.
-      method: `"direct"` integrates for every entry. `"table"` interpolates between Chebyshev nodes
-        over the range of the variances, whatever that gives. `"auto"`, the default, takes the
-        table for 1024 pairs and more where its own error estimate is below half of the limits
-        above, and integrates directly otherwise.
+      method: `Direct()` integrates for every entry. `Interpolate()` interpolates between Chebyshev
+        nodes over the range of the variances, whatever that gives. None, the default, interpolates
+        for 1024 pairs and more where the interpolant's own error estimate is below half of the
+        limits above, and integrates directly otherwise.
 
     Returns:
       `I`, of the shape that the arguments broadcast to.
 
     Raises:
-      TypeError, ValueError: `n_classes`, `order` or `method` is not one of the above.
+      TypeError, ValueError, NotImplementedError: `n_classes`, `order` or `method` is not one of
+        the above.
     """
+    surrogate = parse(order)
     ((covariance, _),) = covariances(
         [Pairs(jnp.asarray(var1), jnp.asarray(cov12), jnp.asarray(var2))],
-        n_classes=n_classes,
-        order=order,
-        method=method,
+        n_classes=check_n_classes(n_classes),
+        surrogate=surrogate,
+        method=check_method(method, surrogate),
     )
     return covariance
 
 
-def check_n_classes(n_classes: Any) -> int:
-    """Returns `n_classes` as an `int`, or says what is wrong with it."""
-    hint = " It sets the shape of the result, so under `jit` it must be static."
-    return check_integer("n_classes", n_classes, least=1, hint=hint)
+def methods(surrogate: Surrogate) -> tuple[Method, ...]:
+    """What evaluates softmax over classes."""
+    return Interpolate(), Direct()
 
 
-def check_method(method: Any) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"`method` must be one of {get_args(Method)}, got {method!r}.")
+def check_method(method: Any, surrogate: Surrogate) -> Method | None:
+    """`method`, or what is wrong with it; None leaves the choice to the pairs that come."""
+    if method is None:
+        return None
+    return choose(method, *methods(surrogate), axis=f"{surrogate} over classes")
 
 
 def covariances(
-    requests: Sequence[Pairs], *, n_classes: int, order: int | None, method: Method = "auto"
+    requests: Sequence[Pairs], *, n_classes: int, surrogate: Surrogate, method: Method | None
 ) -> list[tuple[Array, Array]]:
     """`(I, dI / dc)` for every one of `requests`, which share one table.
 
     Arguments as those of `class_covariance`; each result has the shape that its request
     broadcasts to.
     """
-    n_classes, order = check_n_classes(n_classes), surrogate.check_order(order)
-    check_method(method)
     dtype = jnp.result_type(float, *(array for request in requests for array in request))
     shapes = [jnp.broadcast_shapes(*(array.shape for array in request)) for request in requests]
     if n_classes == 1:  # the output is constant
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes]
 
-    # I is a smooth function of (a, c, b) at a = 0, but the rules see a through its root. A shift
-    # by eps changes I by eps relative to itself, and makes every derivative at 0 that of the
-    # smooth function.
-    eps = jnp.finfo(dtype).eps
+    # I is a smooth function of (a, c, b) at a = 0, but the rules see a through its root.
     layouts = [_Layout(request, shape) for request, shape in zip(requests, shapes, strict=True)]
     blocks = [
-        Pairs(a.astype(dtype) + eps, c.astype(dtype), b.astype(dtype) + eps)
+        Pairs(off_zero(a.astype(dtype)), c.astype(dtype), off_zero(b.astype(dtype)))
         for a, c, b in (layout.arrays for layout in layouts)
     ]
-    results = _covariances(blocks, n_classes=n_classes, order=order, method=method)
+    results = _covariances(blocks, n_classes=n_classes, surrogate=surrogate, method=method)
     return [
         (layout.restore(quotient * block.cov12), layout.restore(slope))
         for layout, block, (quotient, slope) in zip(layouts, blocks, results, strict=True)
@@ -168,17 +166,17 @@ class _Layout:
         return array.reshape(self._shape).transpose(inverse)
 
 
-@functools.partial(jax.jit, static_argnames=("n_classes", "order", "method"))
+@functools.partial(jax.jit, static_argnames=("n_classes", "surrogate", "method"))
 def _covariances(
-    blocks: list[Pairs], *, n_classes: int, order: int | None, method: Method
+    blocks: list[Pairs], *, n_classes: int, surrogate: Surrogate, method: Method | None
 ) -> list[tuple[Array, Array]]:
     """`(I / c, dI / dc)` for blocks of positive variances, compiled also when called eagerly."""
     n_pairs = sum(block.cov12.size for block in blocks)
 
     def direct() -> list[tuple[Array, Array]]:
-        return [_direct(block, n_classes, order) for block in blocks]
+        return [_direct(block, n_classes, surrogate) for block in blocks]
 
-    if method == "direct" or (method == "auto" and n_pairs < _TABLE_PAIRS):
+    if method == Direct() or (method is None and n_pairs < _TABLE_PAIRS):
         return direct()
 
     variances = [array for block in blocks for array in (block.var1, block.var2) if array.size]
@@ -186,16 +184,16 @@ def _covariances(
     largest = functools.reduce(jnp.maximum, (jnp.max(array) for array in variances))
     shapes = interpolant.shapes(n_classes)
     build = functools.partial(
-        interpolant.build_if_meant, least, largest, n_classes=n_classes, order=order
+        interpolant.build_if_meant, least, largest, n_classes=n_classes, surrogate=surrogate
     )
 
     def interpolate(table: interpolant.Table) -> list[tuple[Array, Array]]:
         return [_interpolate(block, table) for block in blocks]
 
-    if method == "table":
+    if method == Interpolate():
         return interpolate(build(shape=shapes[-1]))
 
-    tolerance = interpolant.tolerance(largest, order)
+    tolerance = interpolant.tolerance(largest, surrogate)
 
     def first_good(shapes: Sequence[interpolant.Shape]) -> list[tuple[Array, Array]]:
         if not shapes:
@@ -208,8 +206,8 @@ def _covariances(
     return first_good(shapes)
 
 
-def _direct(block: Pairs, n_classes: int, order: int | None) -> tuple[Array, Array]:
-    prepare = functools.partial(integral.prepare, n_classes=n_classes, order=order)
+def _direct(block: Pairs, n_classes: int, surrogate: Surrogate) -> tuple[Array, Array]:
+    prepare = functools.partial(integral.prepare, n_classes=n_classes, surrogate=surrogate)
     pair = functools.partial(integral.pair, n_classes=n_classes)
     return _by_blocks(
         block,

@@ -32,7 +32,9 @@ import numpy as np
 from jax import Array, lax
 
 from taylor_softmax._generated.class_axis import class_axis_order_2
-from taylor_softmax._numerics import quadrature, surrogate
+from taylor_softmax._numerics import quadrature
+from taylor_softmax._numerics.precision import log_tiny, matmul
+from taylor_softmax._numerics.surrogate import Surrogate
 
 # Nodes of the outer rule in each of t and s. Measured at order 2 over n = 2 to 100,000 and
 # variances up to 20: 24 nodes 4e-8, 28 nodes 5e-9, 32 nodes 1e-10; softmax, variance 10, n = 10,
@@ -81,11 +83,11 @@ class Input(NamedTuple):
     expansion: Expansion | None
 
 
-def prepare(variance: Array, *, n_classes: int, order: int | None) -> Input:
+def prepare(variance: Array, *, n_classes: int, surrogate: Surrogate) -> Input:
     """The `Input` of one input with logits of (scalar, positive) `variance`."""
     tau, weight = (jnp.asarray(x, variance.dtype) for x in quadrature.half_line_rule(_OUTER_NODES))
     # tau = n E[f] t is of order 1 where the weight is, at any number of classes and variance.
-    if order == 2:
+    if surrogate.has_closed_form:
         scale = 1 / (n_classes * (1 + variance / 2))
         t, weight = tau * scale, weight * scale
         # f_2 >= 1/2, so that log phi(t) <= -t / 2.
@@ -99,11 +101,11 @@ def prepare(variance: Array, *, n_classes: int, order: int | None) -> Input:
         jnp.asarray(array, variance.dtype) for array in (x, normal_weight, hermite)
     )
     # Here f comes divided by E[f].
-    value, slope = surrogate.normalised(x, variance, order=order)
+    value, slope = surrogate.normalised(x, variance)
     t, weight = tau / n_classes, weight / n_classes
     # Where exp(-t f) underflows at every node f does not matter, but its powers would overflow.
     least = lax.stop_gradient(jnp.min(value))
-    visible = value < least - _log_tiny(t) / t[0]
+    visible = value < least - log_tiny(t.dtype) / t[0]
     value, slope = jnp.where(visible, value, least), jnp.where(visible, slope, 0)
     normal_weight = jnp.where(visible, normal_weight, 0)
     log_phi, _ = _tilt(t, value, normal_weight)
@@ -139,13 +141,8 @@ def _drop_underflow(t: Array, weight: Array, log_phi: Array, n_classes: int) -> 
 
     Nothing is left of the integrand there, but powers of `t` in it would overflow.
     """
-    alive = n_classes * lax.stop_gradient(log_phi) > _log_tiny(t)
+    alive = n_classes * lax.stop_gradient(log_phi) > log_tiny(t.dtype)
     return jnp.where(alive, t, 0), jnp.where(alive, weight, 0)
-
-
-def _log_tiny(x: Array) -> float:
-    """Below it `exp` underflows."""
-    return float(np.log(jnp.finfo(x.dtype).tiny))
 
 
 def pair(one: Input, two: Input, cov12: Array, *, n_classes: int) -> tuple[Array, Array]:
@@ -175,8 +172,3 @@ def pair(one: Input, two: Input, cov12: Array, *, n_classes: int) -> tuple[Array
 
     value, slope = jax.jvp(quotient, (cov12,), (jnp.ones_like(cov12),))
     return value, value + cov12 * slope
-
-
-def matmul(left: Array, right: Array) -> Array:
-    """A product in full precision: accelerators' default of fewer bits would show in the kernel."""
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

@@ -17,6 +17,8 @@ from jax import Array, lax
 
 from taylor_softmax._class_axis import integral
 from taylor_softmax._numerics import quadrature
+from taylor_softmax._numerics.precision import einsum
+from taylor_softmax._numerics.surrogate import Surrogate
 
 # The standard deviations enter as log(1 + sigma / knee): I / c is analytic in both at 0 (at a given
 # correlation, so not in the variances) and turns into powers of them from about here on.
@@ -53,7 +55,7 @@ def shapes(n_classes: int) -> tuple[Shape, ...]:
     )
 
 
-def tolerance(largest: Array, order: int | None) -> Array:
+def tolerance(largest: Array, surrogate: Surrogate) -> Array:
     """The estimated error up to which a table serves: below that of the rule that it samples.
 
     Args:
@@ -62,7 +64,7 @@ def tolerance(largest: Array, order: int | None) -> Array:
     if jnp.finfo(largest.dtype).bits < 64:
         # Rounding alone makes the estimate up to 3e-5 (n = 2, variances over six decades).
         return jnp.asarray(5e-5, largest.dtype)
-    if order == 2:
+    if surrogate.has_closed_form:
         return jnp.asarray(5e-8, largest.dtype)
     return jnp.where(largest <= 4.1, 5e-7, 2e-5).astype(largest.dtype)
 
@@ -94,19 +96,20 @@ class Table(NamedTuple):
 
     def rows(self, variance: Array) -> Array:
         """Coefficients with `variance` put in, `(2, *variance.shape, correlation, n_nodes)`."""
-        return jnp.einsum(
+        return einsum(
             "...i,qkij->q...kj",
             self.basis(variance),
             self.coefficients,
-            precision=lax.Precision.HIGHEST,
         )
 
 
 def build_if_meant(
-    least: Array, largest: Array, *, n_classes: int, order: int | None, shape: Shape
+    least: Array, largest: Array, *, n_classes: int, surrogate: Surrogate, shape: Shape
 ) -> Table:
     """`build`, or a table with an infinite error where the range is wider than `shape` is for."""
-    make = functools.partial(build, least, largest, n_classes=n_classes, order=order, shape=shape)
+    make = functools.partial(
+        build, least, largest, n_classes=n_classes, surrogate=surrogate, shape=shape
+    )
     # Finite: under `vmap` both branches of every `cond` run, and are differentiated.
     none = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(make))
     none = none._replace(error=jnp.full_like(none.error, jnp.inf))
@@ -115,7 +118,7 @@ def build_if_meant(
 
 
 def build(
-    least: Array, largest: Array, *, n_classes: int, order: int | None, shape: Shape
+    least: Array, largest: Array, *, n_classes: int, surrogate: Surrogate, shape: Shape
 ) -> Table:
     """The interpolant over variances from `least` to `largest`, scalars, and all correlations."""
     dtype = least.dtype
@@ -130,7 +133,9 @@ def build(
         jnp.asarray(x, dtype) for x in quadrature.chebyshev_rule(n_correlations)
     )
     variances = (_KNEE * jnp.expm1(middle + half_width * nodes)) ** 2
-    inputs = jax.vmap(lambda v: integral.prepare(v, n_classes=n_classes, order=order))(variances)
+    inputs = jax.vmap(lambda v: integral.prepare(v, n_classes=n_classes, surrogate=surrogate))(
+        variances
+    )
 
     # I is symmetric in the variances: half of the pairs do.
     rows, columns = np.triu_indices(n_variances)
@@ -145,13 +150,12 @@ def build(
     where[rows, columns] = where[columns, rows] = np.arange(rows.size)
     values = upper[:, where]
 
-    coefficients = jnp.einsum(
+    coefficients = einsum(
         "kr,ia,jb,qabr->qkij",
         rho_to_coefficients,
         to_coefficients,
         to_coefficients,
         values,
-        precision=lax.Precision.HIGHEST,
     )
     size = jnp.abs(coefficients)
     tail = 2 * _tail(jnp.sum(size, (1, 2))) + _tail(jnp.sum(size, (2, 3)))
@@ -197,7 +201,7 @@ def evaluate(rows: Array, columns: Array, correlation: Array, *, fused: bool) ->
             for k in range(rows.shape[-2])
         ]
     else:
-        coefficients = jnp.einsum("zxkj,zyj->kzxy", rows, columns, precision=lax.Precision.HIGHEST)
+        coefficients = einsum("zxkj,zyj->kzxy", rows, columns)
     # Clenshaw's recurrence: monomials in rho would lose digits as 2^degree.
     twice = 2 * correlation
     value = previous = jnp.zeros_like(correlation)

@@ -34,10 +34,12 @@ import scipy.stats.qmc
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from taylor_softmax._class_axis.integral import matmul
 from taylor_softmax._generated.position_axis import observation_order_2, second_moment_order_2
-from taylor_softmax._numerics import quadrature, surrogate
-from taylor_softmax._numerics.arguments import check_integer
+from taylor_softmax._numerics import quadrature
+from taylor_softmax._numerics.arguments import Validated, broadcast_covariances
+from taylor_softmax._numerics.precision import einsum, log_tiny, matmul
+from taylor_softmax._numerics.surrogate import Surrogate, parse
+from taylor_softmax.methods import Direct, Method, QuasiMonteCarlo, Series, choose
 
 # Nodes of the outer rule in each of t and s, order 2.
 _OUTER_NODES = 24
@@ -46,9 +48,6 @@ _OUTER_NODES = 24
 # order, as the mean of one side times the error of the other's: with a quarter of these points it
 # is 3e-3 of the largest entry (16 positions, variance 1), at any number of points per pair.
 _COMPONENT_POINTS = 1 << 14
-
-# Points per pair for the residual. What errors they leave is in `joint_second_moment`.
-DEFAULT_POINTS = 1 << 13
 
 # Numbers in the largest array of a step: they bound the memory, at any number of pairs.
 _CHUNK = 1 << 21
@@ -99,20 +98,20 @@ class Expansion(NamedTuple):
 
 
 def joint_second_moment(
-    cov11: ArrayLike,
-    cov12: ArrayLike,
-    cov22: ArrayLike,
+    cov11: Validated[ArrayLike],
+    cov12: Validated[ArrayLike],
+    cov22: Validated[ArrayLike],
     *,
-    order: int | None,
-    n_points: int = DEFAULT_POINTS,
+    order: Validated[int | None] = None,
+    method: Validated[Method | None] = None,
 ) -> Array:
     """`E[y(u) y(v)^T]` of a softmax over jointly Gaussian logits with any covariance.
 
     For `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` and `y(z)_p = f(z_p) / sum_q f(z_q)` over `S`
     positions. At order 2 the integrand of the remaining double integral is elementary. For other
     orders and softmax the components of degree 0 to 2 of Mehler's formula are exact to the error of
-    their coefficients, and the rest is estimated with `n_points` quasi-random points, the same at
-    every call: see the module `taylor_softmax._position_axis.moments`. Covariances may be singular.
+    their coefficients, and the rest is estimated with quasi-random points, the same at every
+    call: see the module `taylor_softmax._position_axis.moments`. Covariances may be singular.
     Differentiable in all three.
 
     Error over the largest entry, as tested and measured (docs/position_axis.md): order 2: 1e-6.
@@ -125,60 +124,55 @@ def joint_second_moment(
       cov12: `K12`, `(..., S, S)`.
       cov22: `K22`, `(..., S, S)`.
       order: even order of the Taylor polynomial `f`, or None for softmax itself.
-      n_points: per pair, orders other than 2; 0 is the series to degree 2 alone.
+      method: `QuasiMonteCarlo(n_points)`, the default, or `Series()`, the series to degree 2 alone;
+        `Direct()` at order 2.
 
     Returns:
       `(..., S, S)`; dimensionless, the entries of each matrix sum to 1.
 
     Raises:
-      TypeError, ValueError: `order` or `n_points` is not one of the above; a covariance is not of
+      TypeError, ValueError: `order` or `method` is not one of the above; a covariance is not of
         shape `(..., S, S)` with the same `S` as the others.
     """
-    order = surrogate.check_order(order)
-    n_points = check_integer("n_points", n_points, least=0)
+    surrogate = parse(order)
+    method = check_method(method, surrogate)
     covs = broadcast_covariances(cov11, cov12, cov22)
     batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
     flat = tuple(cov.reshape(-1, size, size) for cov in covs)
     present = jnp.ones(flat[0].shape[:2], flat[0].dtype)
-    one, two = (prepare(cov, present, order=order, n_points=n_points) for cov in (flat[0], flat[2]))
+    one, two = (
+        prepare(cov, present, surrogate=surrogate, method=method) for cov in (flat[0], flat[2])
+    )
     index = np.arange(len(flat[0]))
-    moment, _ = second_moments(one, two, index, index, flat[1], None, order, n_points)
+    moment, _ = second_moments(one, two, index, index, flat[1], None, surrogate, method)
     return moment.reshape(*batch, size, size)
 
 
-def broadcast_covariances(
-    cov11: ArrayLike, cov12: ArrayLike, cov22: ArrayLike
-) -> tuple[Array, Array, Array]:
-    """The three covariances with a common shape and dtype, or what is wrong with them."""
-    arrays = {"cov11": cov11, "cov12": cov12, "cov22": cov22}
-    covs = {name: jnp.asarray(cov) for name, cov in arrays.items()}
-    sizes = {cov.shape[-2:] for cov in covs.values()}
-    if len(sizes) != 1 or len(size := sizes.pop()) != 2 or size[0] != size[1] or size[0] < 1:
-        given = ", ".join(f"`{name}` {cov.shape}" for name, cov in covs.items())
-        raise ValueError(
-            f"Covariances must have shape (..., S, S) with the same S, got {given}. For inputs of "
-            f"different sizes mark the missing positions with `mask_constant` in the layer."
-        )
-    dtype = jnp.result_type(float, *covs.values())
-    first, second, third = jnp.broadcast_arrays(*(cov.astype(dtype) for cov in covs.values()))
-    return first, second, third
+def methods(surrogate: Surrogate) -> tuple[Method, ...]:
+    """What evaluates softmax over positions, the default first."""
+    return (Direct(),) if surrogate.has_closed_form else (QuasiMonteCarlo(), Series())
 
 
-def prepare(covariance: Array, present: Array, *, order: int | None, n_points: int) -> Input:
+def check_method(method: Any, surrogate: Surrogate) -> Method:
+    """`method`, or the default for None, or what is wrong with it."""
+    return choose(method, *methods(surrogate), axis=f"{surrogate} over positions")
+
+
+def prepare(covariance: Array, present: Array, *, surrogate: Surrogate, method: Method) -> Input:
     """The `Input` of inputs with covariances `(n, S, S)` and positions `present`, `(n, S)`."""
-    covariance = _project(covariance, present, present, order)
-    if order == 2:
+    covariance = _project(covariance, present, present, surrogate)
+    if surrogate.has_closed_form:
         return Input(covariance, present, None)
     size = present.shape[-1]
 
     def expand(args: tuple[Array, Array]) -> Expansion:
         covariance, present = args
         root = _cholesky(covariance, covariance)
-        components = _components(root, present, order)
-        if n_points == 0:
+        components = _components(root, present, surrogate)
+        if not isinstance(method, QuasiMonteCarlo):
             return Expansion(components, root, None)
-        z = matmul(_normal_points(n_points, 2 * size, covariance.dtype)[:, :size], root.T)
-        value, _, _ = surrogate.ratios(z, present, order=order)
+        z = matmul(_normal_points(method.n_points, 2 * size, covariance.dtype)[:, :size], root.T)
+        value, _, _ = surrogate.ratios(z, present)
         return Expansion(components, root, value - _polynomial(z, components, covariance))
 
     step = max(1, _CHUNK // (2 * _COMPONENT_POINTS * size))
@@ -193,8 +187,8 @@ def second_moments(
     second: np.ndarray,
     cov12: Array,
     theta: Array | None,
-    order: int | None,
-    n_points: int,
+    surrogate: Surrogate,
+    method: Method,
 ) -> tuple[Array, Array | None]:
     """`E[y(u) y(v)^T]` and, unless `theta` is None, its derivative in `K12` along `theta`.
 
@@ -208,17 +202,21 @@ def second_moments(
     """
     size = cov12.shape[-1]
     # Order 2 solves systems of 2S equations at every node; the others keep S^2 numbers a point.
-    per_pair = (2 * size * _OUTER_NODES) ** 2 if order == 2 else max(n_points, size) * size**2
+    if surrogate.has_closed_form:
+        per_pair = (2 * size * _OUTER_NODES) ** 2
+    else:
+        points = method.n_points if isinstance(method, QuasiMonteCarlo) else 0
+        per_pair = max(points, size) * size**2
     step = max(1, _CHUNK // per_pair)
 
     def pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array | None]:
         i, j, cov12, theta = args
         left, right = (jax.tree.map(lambda x, i=i: x[i], of) for of, i in ((one, i), (two, j)))
-        cov12 = _project(cov12, left.present, right.present, order)
-        if order != 2:
+        cov12 = _project(cov12, left.present, right.present, surrogate)
+        if not surrogate.has_closed_form:
             if theta is not None:
-                theta = _project(theta, left.present, right.present, order)
-            return _series_and_residual(left, right, cov12, theta, order, n_points)
+                theta = _project(theta, left.present, right.present, surrogate)
+            return _series_and_residual(left, right, cov12, theta, surrogate, method)
         evaluate = functools.partial(_order_2, left, right)
         if theta is None:
             return evaluate(cov12), None
@@ -228,13 +226,13 @@ def second_moments(
     return lax.map(jax.checkpoint(pair), args, batch_size=step)
 
 
-def _project(cov: Array, first: Array, second: Array, order: int | None) -> Array:
+def _project(cov: Array, first: Array, second: Array, surrogate: Surrogate) -> Array:
     """`cov` of the positions that are present; for softmax, of their differences from the mean.
 
     Softmax does not see a shift common to all positions, while a sample of it would be noise.
     """
     cov = cov * first[..., :, None] * second[..., None, :]
-    if order is None:
+    if surrogate.is_shift_invariant:
 
         def centre(cov: Array, present: Array) -> Array:
             """Takes the mean over the positions that are present off the rows."""
@@ -287,7 +285,7 @@ def _order_2(one: Input, two: Input, cov12: Array) -> Array:
 
     first, second = scale(one), scale(two)
     # f_2 >= 1/2: beyond this exp(-t D) is 0 and powers of t would overflow.
-    largest = -float(np.log(jnp.finfo(sigma.dtype).tiny))
+    largest = -log_tiny(sigma.dtype)
 
     def nodes(of: Input, scale: Array) -> tuple[Array, Array]:
         t = tau * scale
@@ -300,10 +298,10 @@ def _order_2(one: Input, two: Input, cov12: Array) -> Array:
     return moment * one.present[:, None] * two.present
 
 
-def _components(root: Array, present: Array, order: int | None) -> Components:
+def _components(root: Array, present: Array, surrogate: Surrogate) -> Components:
     half = _normal_points(_COMPONENT_POINTS, len(root), root.dtype)
     z = matmul(jnp.concatenate([half, -half]), root.T)
-    value, slope, curvature = surrogate.ratios(z, present, order=order)
+    value, slope, curvature = surrogate.ratios(z, present)
     n = len(value)
 
     def mean(left: Array, right: Array) -> Array:
@@ -334,23 +332,23 @@ def _series_and_residual(
     two: Input,
     cov12: Array,
     theta: Array | None,
-    order: int | None,
-    n_points: int,
+    surrogate: Surrogate,
+    method: Method,
 ) -> tuple[Array, Array | None]:
     assert one.expansion is not None
     assert two.expansion is not None
     left, right = one.expansion.components, two.expansion.components
 
     def degree_2(a: Array, b: Array) -> Array:
-        moved = _contract("ijk,jl,km->ilm", left.curvature, a, b)
-        return _contract("ilm,nlm->in", moved, right.curvature)
+        moved = einsum("ijk,jl,km->ilm", left.curvature, a, b)
+        return einsum("ilm,nlm->in", moved, right.curvature)
 
     moment = left.mean[:, None] * right.mean + degree_2(cov12, cov12) / 2
     moment = moment + matmul(matmul(left.slope, cov12), right.slope.T)
     derivative = None
     if theta is not None:
         derivative = matmul(matmul(left.slope, theta), right.slope.T) + degree_2(cov12, theta)
-    if one.expansion.residual is None:
+    if one.expansion.residual is None or not isinstance(method, QuasiMonteCarlo):
         return moment, derivative
 
     # A root of the joint covariance, whose first block belongs to the first input alone.
@@ -358,16 +356,17 @@ def _series_and_residual(
     below = jax.scipy.linalg.solve_triangular(root, cov12, lower=True)
     rest = _cholesky(two.covariance - matmul(below.T, below), two.covariance)
     size = len(root)
+    n_points = method.n_points
     points = _normal_points(n_points, 2 * size, cov12.dtype)
     z_v = matmul(points[:, :size], below) + matmul(points[:, size:], rest.T)
-    y_v, q_v, _ = surrogate.ratios(z_v, two.present, order=order)
+    y_v, q_v, _ = surrogate.ratios(z_v, two.present)
     residual = y_v - _polynomial(z_v, right, two.covariance)
     moment = moment + matmul(one.expansion.residual.T, residual) / n_points
     if theta is None or derivative is None:
         return moment, derivative
 
     z_u = matmul(points[:, :size], root.T)
-    y_u, q_u, _ = surrogate.ratios(z_u, one.present, order=order)
+    y_u, q_u, _ = surrogate.ratios(z_u, one.present)
     sides = _Side(z_u, y_u, q_u, left), _Side(z_v, y_v, q_v, right)
     return moment, derivative + _residual_derivative(*sides, theta)
 
@@ -408,21 +407,18 @@ def _residual_derivative(u: _Side, v: _Side, theta: Array) -> Array:
         products = products.at[each, each].add(mean(q, z))
         plain = jnp.diag(jnp.mean(q, 0)) - mean(y, q)
         _, slope, curvature = polynomial.components
-        moved = _contract("imk,ml->ilk", products, theta)
-        return matmul(matmul(plain, theta), slope.T) + _contract("ilk,jlk->ij", moved, curvature)
+        moved = einsum("imk,ml->ilk", products, theta)
+        return matmul(matmul(plain, theta), slope.T) + einsum("ilk,jlk->ij", moved, curvature)
 
     # B_u theta B_v^T.
     (_, slope_u, curvature_u), (_, slope_v, curvature_v) = u.components, v.components
     mean_u = slope_u + matmul(curvature_u, jnp.mean(u.z, 0))
     mean_v = slope_v + matmul(curvature_v, jnp.mean(v.z, 0))
     spread = mean(u.z - jnp.mean(u.z, 0), v.z - jnp.mean(v.z, 0))
-    moved = _contract("imk,kp,ml->ilp", curvature_u, spread, theta)
+    moved = einsum("imk,kp,ml->ilp", curvature_u, spread, theta)
     polynomials = matmul(matmul(mean_u, theta), mean_v.T)
-    polynomials = polynomials + _contract("ilp,jlp->ij", moved, curvature_v)
+    polynomials = polynomials + einsum("ilp,jlp->ij", moved, curvature_v)
     return both - mixed(u, v, theta) - mixed(v, u, theta.T).T + polynomials
-
-
-_contract = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def _cholesky(matrix: Array, covariance: Array) -> Array:

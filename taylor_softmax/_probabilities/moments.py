@@ -31,7 +31,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from taylor_softmax._generated.probabilities import logit_order_2
-from taylor_softmax._numerics import quadrature, surrogate
+from taylor_softmax._numerics import quadrature
+from taylor_softmax._numerics.precision import einsum, log_tiny, off_zero
+from taylor_softmax._numerics.surrogate import Surrogate
 
 # Logits beyond this many standard deviations are left out: 2e-9 of the probability.
 _REACH = 6.0
@@ -77,7 +79,7 @@ _SOFTMAX_RULES = (
 # Orders 4 to 32: 1e-8.
 _TAYLOR_RULES = (_Rule(48, logit=64), _Rule(128, logit=160), _Rule(256, logit=512))
 # No rule but the outer one: 1e-14.
-_ORDER_2_RULES = (_Rule(48),)
+_CLOSED_FORM_RULES = (_Rule(48),)
 
 
 class Moments(NamedTuple):
@@ -102,23 +104,22 @@ class _Tilted(NamedTuple):
     variance: Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("order", "covariance"))
-def moments(mean: Array, variance: Array, *, order: int | None, covariance: bool) -> Moments:
+@functools.partial(jax.jit, static_argnames=("surrogate", "covariance"))
+def moments(mean: Array, variance: Array, *, surrogate: Surrogate, covariance: bool) -> Moments:
     """Moments of `y` for logits of the given means and variances, both `(N, C)`."""
     n_points, n_classes = mean.shape
     if not n_points:
         empty = jnp.zeros((0, n_classes, n_classes), mean.dtype) if covariance else None
         return Moments(mean, empty, mean.sum(axis=1))
-    # The rules see the variance through its root, which has no derivative at 0. A shift by eps
-    # changes the result by eps and makes every derivative at 0 that of the smooth function.
-    variance = variance + jnp.finfo(variance.dtype).eps
-    if order is None:
+    variance = off_zero(variance)
+    if surrogate.is_shift_invariant:
         # Softmax does not see a shift; logits of 1e3 would lose digits.
         mean = mean - lax.stop_gradient(jnp.max(mean, axis=1, keepdims=True))
-    rules = {None: _SOFTMAX_RULES, 2: _ORDER_2_RULES}.get(order, _TAYLOR_RULES)
-    fine = _fine_enough(lax.stop_gradient(mean), lax.stop_gradient(variance), rules, order)
+    rules = _rules(surrogate)
+    fine = _fine_enough(lax.stop_gradient(mean), lax.stop_gradient(variance), rules, surrogate)
     branches = [
-        functools.partial(_by_rule, rule=rule, order=order, covariance=covariance) for rule in rules
+        functools.partial(_by_rule, rule=rule, surrogate=surrogate, covariance=covariance)
+        for rule in rules
     ]
 
     # Rematerialised in the backward pass, which otherwise would keep every block's intermediates.
@@ -137,29 +138,36 @@ def moments(mean: Array, variance: Array, *, order: int | None, covariance: bool
     return jax.tree.map(lambda x: x.reshape(n_blocks * size, *x.shape[2:])[restore], blocks)
 
 
-def _bounds(mean: Array, variance: Array, order: int | None) -> tuple[Array, Array]:
+def _rules(surrogate: Surrogate) -> tuple[_Rule, ...]:
+    if surrogate.has_closed_form:
+        return _CLOSED_FORM_RULES
+    return _SOFTMAX_RULES if surrogate.is_shift_invariant else _TAYLOR_RULES
+
+
+def _bounds(mean: Array, variance: Array, surrogate: Surrogate) -> tuple[Array, Array]:
     """Where in `s` the product `w` begins to fall, and is about to vanish; `(P, C)` to `(P,)`."""
-    low, high = _range_of_log_f(mean, jnp.sqrt(variance), order)
+    low, high = _range_of_log_f(mean, jnp.sqrt(variance), surrogate)
     # w falls below any one phi: the class whose least plausible f is largest ends it.
     return -jnp.max(high, axis=1), -jnp.max(low, axis=1)
 
 
-def _range_of_log_f(mean: Array, sigma: Array, order: int | None) -> tuple[Array, Array]:
+def _range_of_log_f(mean: Array, sigma: Array, surrogate: Surrogate) -> tuple[Array, Array]:
     """Least and largest `log f` of a logit, within reach of its mean."""
     left, right = mean - _REACH * sigma, mean + _REACH * sigma
-    bottom = jnp.clip(surrogate.minimiser(order), left, right)
-    ends, least = (surrogate.log_value(z, order=order) for z in (jnp.stack([left, right]), bottom))
+    bottom = jnp.clip(surrogate.minimiser, left, right)
+    ends, least = (surrogate.log_value(z) for z in (jnp.stack([left, right]), bottom))
     return least, jnp.max(ends, axis=0)
 
 
 def _fine_enough(
-    mean: Array, variance: Array, rules: tuple[_Rule, ...], order: int | None
+    mean: Array, variance: Array, rules: tuple[_Rule, ...], surrogate: Surrogate
 ) -> Array:
     """Whether each of `rules` is fine enough for each point, `(rules, P)`; the last has to be."""
-    lower, upper = _bounds(mean, variance, order)
+    lower, upper = _bounds(mean, variance, surrogate)
     sigma = jnp.sqrt(variance)
     least, largest = jnp.min(sigma, axis=1), jnp.max(sigma, axis=1)
-    step = jnp.maximum(_STEP, least / _STEPS_PER_DEVIATION) if order is None else _STEP
+    softmax = surrogate.is_shift_invariant
+    step = jnp.maximum(_STEP, least / _STEPS_PER_DEVIATION) if softmax else _STEP
     length = upper - lower + _TAIL + math.log(_DECAY)
     enough = []
     for rule in rules:
@@ -167,18 +175,18 @@ def _fine_enough(
         if rule.noise and not rule.logit:
             fine &= least >= _LEAST_DEVIATION
         elif rule.logit and not rule.noise:
-            fine &= largest <= rule.logit / (_SOFTMAX_NODES if order is None else _TAYLOR_NODES)
+            fine &= largest <= rule.logit / (_SOFTMAX_NODES if softmax else _TAYLOR_NODES)
         enough.append(fine)
     enough[-1] = jnp.ones_like(enough[-1])
     return jnp.stack(enough)
 
 
 def _by_rule(
-    mean: Array, variance: Array, *, rule: _Rule, order: int | None, covariance: bool
+    mean: Array, variance: Array, *, rule: _Rule, surrogate: Surrogate, covariance: bool
 ) -> Moments:
     """`moments` of a block of points, `(P, C)`, by one rule."""
     n_classes = mean.shape[1]
-    lower, upper = (lax.stop_gradient(x) for x in _bounds(mean, variance, order))
+    lower, upper = (lax.stop_gradient(x) for x in _bounds(mean, variance, surrogate))
     # s = lower + u - exp(-u): below `lower` w is a power series in t = exp(s), and both ends of
     # the integrand in u fall off doubly exponentially. In s the lower would take 30 more units.
     span = upper - lower + _TAIL + math.log(_DECAY)
@@ -192,7 +200,7 @@ def _by_rule(
         variance.ravel(),
         jnp.repeat(s, n_classes, axis=1),
         rule=rule,
-        order=order,
+        surrogate=surrogate,
         second=covariance,
     )
     tilted = jax.tree.map(lambda x: x.reshape(rule.outer, *mean.shape), tilted)
@@ -213,39 +221,37 @@ def _by_rule(
 
 def _gram(weight: Array, rows: Array) -> Array:
     """`sum_k weight_k rows_k rows_k^T` by point, symmetric to the last bit."""
-    product = jnp.einsum(
-        "pki,pkj->pij", weight[:, :, None] * rows, rows, precision=lax.Precision.HIGHEST
-    )
+    product = einsum("pki,pkj->pij", weight[:, :, None] * rows, rows)
     return (product + jnp.matrix_transpose(product)) / 2
 
 
 def _tilted(
-    mean: Array, variance: Array, s: Array, *, rule: _Rule, order: int | None, second: bool
+    mean: Array, variance: Array, s: Array, *, rule: _Rule, surrogate: Surrogate, second: bool
 ) -> _Tilted:
     """At `s`, `(outer, M)`, for logits of the given means and variances, `(M,)`."""
-    if order == 2:
+    if surrogate.has_closed_form:
         t = jnp.exp(s)
         log_phi, tilted_mean, tilted_variance = logit_order_2(mean, variance, t)
         return _Tilted(log_phi, t * tilted_mean, t**2 * tilted_variance if second else None)
     sigma = jnp.sqrt(variance)
     if not rule.noise:
-        return _over_logit(mean, sigma, s, rule.logit, order, second)
+        return _over_logit(mean, sigma, s, rule.logit, surrogate, second)
     if not rule.logit:
         return _over_noise(mean, sigma, s, rule.noise, second)
     wide = sigma > _LEAST_DEVIATION
     noise = _over_noise(mean, jnp.where(wide, sigma, _LEAST_DEVIATION), s, rule.noise, second)
-    logit = _over_logit(mean, jnp.where(wide, 0, sigma), s, rule.logit, order, second)
+    logit = _over_logit(mean, jnp.where(wide, 0, sigma), s, rule.logit, surrogate, second)
     return jax.tree.map(lambda a, b: jnp.where(wide, a, b), noise, logit)
 
 
 def _over_logit(
-    mean: Array, sigma: Array, s: Array, n: int, order: int | None, second: bool
+    mean: Array, sigma: Array, s: Array, n: int, surrogate: Surrogate, second: bool
 ) -> _Tilted:
-    log_f = functools.partial(surrogate.log_value, order=order)
-    low, high = (lax.stop_gradient(x) for x in _range_of_log_f(mean, sigma, order))
+    log_f = surrogate.log_value
+    low, high = (lax.stop_gradient(x) for x in _range_of_log_f(mean, sigma, surrogate))
     # t f as a product of two factors, of which one belongs to the outer node: a sum of logarithms
     # would cost one more exponential. Centred, neither overflows; from `limit` on exp(-t f) is 0.
-    limit = -math.log(jnp.finfo(s.dtype).tiny)
+    limit = -log_tiny(s.dtype)
     centre = (high + low) / 2
     t = jnp.exp(jnp.minimum(s + centre, high - centre + math.log(limit)))
     # The variance about a point near the mean: about 0 it would cancel for small sigma.

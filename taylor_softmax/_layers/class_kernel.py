@@ -1,0 +1,64 @@
+"""Kernels between every two classes, from those of one class with itself."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from neural_tangents import Kernel
+
+from taylor_softmax._numerics.arguments import Validated
+
+
+class ClassKernel(NamedTuple):
+    """Class-by-class kernels, each of shape `(N1, N2, [spatial,] C, C)`.
+
+    Attributes:
+      nngp: `E[y(x1) y(x2)^T]`.
+      ntk: `E[J(x1) J(x2)^T]` with `J` the Jacobian of the outputs in the parameters; None if the
+        given kernel has none.
+    """
+
+    nngp: Float[Array, "*batch classes classes"]
+    ntk: Float[Array, "*batch classes classes"] | None
+
+
+def class_kernel(kernel: Validated[Kernel]) -> ClassKernel:
+    """The kernels between every two classes, of a network that ends in a finite softmax layer.
+
+    Classes are exchangeable and each row of outputs sums to 1, so the same-class entries that
+    `kernel` holds determine all others. With `n` classes and `Id` the `n x n` identity,
+
+        nngp = 1 1^T / n^2 + I (Id - 1 1^T / n),    ntk = Theta dI/dc (Id - 1 1^T / n):
+
+    what `nt.empirical_nngp_fn` and `nt.empirical_ntk_fn(apply_fn, trace_axes=())` average to over
+    initialisations.
+
+    Args:
+      kernel: the `Kernel` that `kernel_fn(x1, x2)` (with `get=None`) returns.
+
+    Raises:
+      TypeError: `kernel` is an array or a tuple, as `kernel_fn(x1, x2, get='nngp')` returns.
+      ValueError: `kernel` is that of a Gaussian output: the network does not end in softmax.
+    """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            f"`kernel` must be a `neural_tangents.Kernel`, got {type(kernel).__name__}. Call "
+            f"`kernel_fn(x1, x2)` without `get`."
+        )
+    if kernel.is_gaussian or kernel.shape1 is None:
+        raise ValueError(
+            "`kernel` is that of Gaussian outputs. `class_kernel` is for a network whose last "
+            "layer is `stax.TaylorSoftmax` or `stax.Softmax` over a finite channel axis; the "
+            "classes of any other network are independent."
+        )
+    n = kernel.shape1[kernel.channel_axis]
+    identity = jnp.eye(n, dtype=kernel.nngp.dtype)
+    # For one class the centred part vanishes, and nothing has to be undone.
+    same_class_share = 1 - 1 / n if n > 1 else 1.0
+    centring = (identity - 1 / n) / same_class_share
+
+    def spread(same_class: Array) -> Array:
+        return same_class[..., None, None] * centring
+
+    nngp = 1 / n**2 + spread(kernel.nngp - 1 / n**2)
+    return ClassKernel(nngp, None if kernel.ntk is None else spread(kernel.ntk))

@@ -1,0 +1,296 @@
+"""Softmax and Taylor softmax: over classes, over positions, and over an infinitely wide axis."""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+from neural_tangents import Kernel
+from neural_tangents._src.stax.requirements import get_diagonal
+from neural_tangents._src.utils.utils import interleave_ones
+from neural_tangents.stax import Bool, Diagonal, layer, requires, supports_masking
+
+from taylor_softmax import _infinite_width
+from taylor_softmax._class_axis import covariance as class_axis
+from taylor_softmax._class_axis.covariance import Pairs
+from taylor_softmax._layers.spatial import SpatialLayout
+from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.surrogate import Surrogate, parse
+from taylor_softmax._position_axis import moments as position_axis
+from taylor_softmax.methods import Method, choose
+
+InternalLayer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def TaylorSoftmax(
+    order: Validated[int | None] = None,
+    axis: Validated[int | tuple[int, ...]] = -1,
+    infinite_width: Validated[bool] = False,
+    *,
+    batch_axis: Validated[int] = 0,
+    method: Validated[Method | None] = None,
+) -> InternalLayer:
+    """Taylor softmax: `y_i = f(z_i) / sum_j f(z_j)` with `f(z) = sum_{k <= order} z^k / k!`.
+
+    The input must be Gaussian, that is, come from `Dense`, `Conv` or another layer with random
+    weights. With `a, c, b` the entries of `cov1`, `nngp`, `cov2`, `Theta` the incoming `ntk` and
+    `n` the number of channels, here called classes:
+
+    - Finite channel axis (the default):
+      `nngp = 1/n^2 + (1 - 1/n) I(a, c, b; n)` and `ntk = Theta (1 - 1/n) dI/dc`, with `I` of
+      `taylor_softmax.class_covariance`. They are expectations over initialisations, of the
+      products of one class's outputs and gradients; `taylor_softmax.class_kernel` gives those of
+      all pairs of classes.
+    - `infinite_width=True`: the output is multiplied by `n`, and has the limit `f(z_i) / E[f]` as
+      `n` grows. `nngp = E[f(u) f(v)] / (E[f(u)] E[f(v)])` and
+      `ntk = Theta E[f'(u) f'(v)] / (E[f(u)] E[f(v)])`, elementwise; the layer can stand in the
+      middle of a network.
+    - Spatial axes: a softmax over the positions along `axis` of each channel, with whatever
+      covariance they have: `nngp = E[y(u) y(v)^T]` of `taylor_softmax.joint_second_moment`, and
+      `ntk = E[J(u) Theta J(v)^T]` with `J` the Jacobian of `y`. Positions along the other spatial
+      axes have softmaxes of their own, which covary.
+
+    Taylor softmax is due to de Brebisson & Vincent 2016 (arXiv 1511.05042). Its kernel differs
+    from that of softmax by more the larger the variance: use `Softmax` where softmax is meant.
+
+    Masks pass through unchanged. Masked positions leave the sum over spatial axes.
+
+    Args:
+      order: of the Taylor polynomial; even, so that `f > 0`, and up to 32 over a finite axis. None,
+        the default, is softmax itself, `f = exp`.
+      axis: to normalise over: the channel axis, or one spatial axis or several.
+      infinite_width: multiply by the size of the axis, and take its limit in `kernel_fn`.
+      batch_axis: batch axis of the inputs.
+      method: how `kernel_fn` evaluates, see `taylor_softmax.methods`; None, the default, chooses.
+
+    Returns:
+      `(init_fn, apply_fn, kernel_fn)`.
+
+    Raises:
+      TypeError, ValueError: `order` is not an even positive integer; `axis` is out of range or is
+        the batch axis; `method` does not apply to it; the input of `kernel_fn` is not Gaussian.
+      NotImplementedError: `kernel_fn` for what has no kernel here, naming what has; `order` beyond
+        32 over a finite axis.
+    """
+    return _softmax_layer(order, axis, infinite_width, batch_axis, method)
+
+
+@layer
+@supports_masking(remask_kernel=True)
+def Softmax(
+    axis: Validated[int | tuple[int, ...]] = -1,
+    infinite_width: Validated[bool] = False,
+    *,
+    batch_axis: Validated[int] = 0,
+    method: Validated[Method | None] = None,
+) -> InternalLayer:
+    """Softmax: `y_i = exp(z_i) / sum_j exp(z_j)`.
+
+    The limit of `TaylorSoftmax` as its order grows, `TaylorSoftmax(order=None)`; arguments, kernels
+    and errors are those of `TaylorSoftmax`. With `infinite_width=True` `nngp = exp(c)` and
+    `ntk = Theta exp(c)`, exactly.
+    """
+    return _softmax_layer(None, axis, infinite_width, batch_axis, method)
+
+
+def _softmax_layer(
+    order: Any, axis: Any, infinite_width: Any, batch_axis: int, method: Any
+) -> InternalLayer:
+    if not isinstance(infinite_width, bool):
+        raise TypeError(f"`infinite_width` must be a boolean, got {infinite_width!r}.")
+    surrogate = parse(order, finite=not infinite_width)
+    _check_axis(axis)
+    if method is not None:
+        # Whether the axis is that of classes only an input tells.
+        if infinite_width:
+            applicable: tuple[Method, ...] = ()
+        else:
+            applicable = class_axis.methods(surrogate) + position_axis.methods(surrogate)
+        choose(method, *applicable, axis=f"{surrogate} over `axis={axis!r}`")
+    softmax = _Softmax(surrogate, axis, infinite_width, batch_axis, method)
+
+    # Sizes are integers of any kind: layers before give NumPy's.
+    def init_fn(rng: Array, input_shape: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[()]]:
+        softmax.axes(len(input_shape))
+        return input_shape, ()
+
+    # Over the last axis the channels are meant, unless a kernel says that they are elsewhere.
+    over_channels = axis in (-1, (-1,), [-1])
+    diagonal = Diagonal() if over_channels else Diagonal(input=Bool.NO)
+
+    @requires(batch_axis=batch_axis, diagonal_spatial=diagonal)
+    def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
+        return softmax.kernel(k)
+
+    return init_fn, softmax.apply, kernel_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Softmax:
+    """What the functions of a softmax layer share; attributes are the layer's arguments."""
+
+    surrogate: Surrogate
+    axis: int | tuple[int, ...]
+    infinite_width: bool
+    batch_axis: int
+    method: Method | None
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return _resolve_axis(self.axis, self.batch_axis, ndim)
+
+    def apply(self, params: tuple[()], inputs: Array, *, mask: Any = None, **kwargs: Any) -> Array:
+        axes = self.axes(inputs.ndim)
+        where = None
+        # A mask has size 1 along the channels, of which none is missing.
+        if mask is not None and all(mask.shape[i] == inputs.shape[i] > 1 for i in axes):
+            where = ~mask
+        outputs = self.surrogate.softmax(inputs, axis=axes, where=where)
+        return (
+            outputs * math.prod(inputs.shape[i] for i in axes) if self.infinite_width else outputs
+        )
+
+    def kernel(self, k: Any) -> Kernel:
+        axes = self.axes(len(k.shape1))
+        over_channels = axes == (k.channel_axis,)
+        if k.channel_axis in axes and not over_channels:
+            raise NotImplementedError(
+                f"`axis={self.axis!r}` of inputs of shape {k.shape1} joins the channel axis with "
+                f"spatial ones. Kernels are implemented for softmax over the channel axis "
+                f"(`axis={k.channel_axis}`) or over spatial axes; "
+                f"`neural_tangents.monte_carlo_kernel_fn` on `apply_fn` works for every axis."
+            )
+        if self.infinite_width and not over_channels:
+            raise NotImplementedError(
+                f"`infinite_width=True` with `axis={self.axis!r}`: spatial axes of inputs of shape "
+                f"{k.shape1} are finite. Use `infinite_width=False`, or `axis={k.channel_axis}`."
+            )
+        if not k.is_gaussian:
+            raise ValueError(
+                "The input of a softmax layer must be Gaussian for its kernel. Put a layer with "
+                "random weights before it, such as `stax.Dense(n_classes)`."
+            )
+        if not over_channels:
+            return _over_positions(k, axes, self.surrogate, self.method)
+        return _elementwise(k, self._moments(k))
+
+    def _moments(self, k: Any) -> list[tuple[Array, Array]]:
+        """Second moment and NTK factor of each of the pairs in `_pairs_of_inputs`."""
+        pairs = _pairs_of_inputs(k)
+        if self.infinite_width:
+            moments = functools.partial(_infinite_width.moments, surrogate=self.surrogate)
+            return [moments(*each) for each in pairs]
+        n = k.shape1[k.channel_axis]
+        method = class_axis.check_method(self.method, self.surrogate)
+        results = class_axis.covariances(
+            pairs, n_classes=n, surrogate=self.surrogate, method=method
+        )
+        return [(1 / n**2 + (1 - 1 / n) * value, (1 - 1 / n) * slope) for value, slope in results]
+
+
+def _pairs_of_inputs(k: Kernel) -> list[Pairs]:
+    """The pairs in `nngp`, `cov1` and, unless it is None, `cov2`."""
+
+    def diagonal(cov: Array) -> Array:
+        return get_diagonal(cov, k.diagonal_batch, k.diagonal_spatial)  # type: ignore[return-value]
+
+    def outer(first: Array, second: Array, cov: Array, start: int) -> Pairs:
+        end = 1 if k.diagonal_spatial else first.ndim
+        return Pairs(
+            interleave_ones(first, start, end, x_first=True),
+            cov,
+            interleave_ones(second, start, end, x_first=False),
+        )
+
+    start = 1 if k.diagonal_batch else 0
+    var1 = diagonal(k.cov1)
+    pairs = [outer(var1, var1, k.nngp, 0), outer(var1, var1, k.cov1, start)]
+    if k.cov2 is not None:
+        var2 = diagonal(k.cov2)
+        pairs[0] = outer(var1, var2, k.nngp, 0)
+        pairs.append(outer(var2, var2, k.cov2, start))
+    return pairs
+
+
+def _elementwise(k: Kernel, moments: list[tuple[Array, Array]]) -> Kernel:
+    """`k` after a layer with second moments and NTK factors `moments`, as `_pairs_of_inputs`."""
+    (nngp, factor), (cov1, _), *rest = moments
+    return k.replace(
+        nngp=nngp,
+        ntk=None if k.ntk is None else k.ntk * factor,
+        cov1=cov1,
+        cov2=rest[0][0] if rest else None,
+        is_gaussian=False,
+    )
+
+
+def _over_positions(
+    k: Any, axes: tuple[int, ...], surrogate: Surrogate, method: Method | None
+) -> Kernel:
+    """`k` after a softmax over the spatial `axes`."""
+    method = position_axis.check_method(method, surrogate)
+    if k.is_reversed:
+        k = k.reverse()
+    layout = SpatialLayout(k.shape1, k.batch_axis, k.channel_axis, axes)
+    batch_ndim = 1 if k.diagonal_batch else 2
+
+    def inputs(cov: Array, mask: Array | None) -> position_axis.Input:
+        groups, present = layout.groups(cov, batch_ndim), layout.present(mask, len(cov))
+        return position_axis.prepare(
+            groups, present.astype(cov.dtype), surrogate=surrogate, method=method
+        )
+
+    def moments(
+        one: position_axis.Input, two: position_axis.Input, cov: Array, ntk: Array | None, ndim: int
+    ) -> tuple[Array, Array | None]:
+        batch, n = cov.shape[:ndim], layout.n_over
+        given, theta = (
+            None if x is None else layout.split(x.astype(cov.dtype), ndim).reshape(-1, n, n)
+            for x in (cov, ntk)
+        )
+        assert given is not None
+        value, slope = position_axis.second_moments(
+            one, two, *layout.pairs(batch), given, theta, surrogate, method
+        )
+        return layout.join(value, batch), None if slope is None else layout.join(slope, batch)
+
+    one = inputs(k.cov1, k.mask1)
+    cov1, _ = moments(one, one, k.cov1, None, batch_ndim)
+    two, cov2 = one, None
+    if k.cov2 is not None:
+        two = inputs(k.cov2, k.mask2)
+        cov2, _ = moments(two, two, k.cov2, None, batch_ndim)
+    nngp, ntk = moments(one, two, k.nngp, k.ntk, 2)
+    return k.replace(nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, is_gaussian=False)
+
+
+def _check_axis(axis: Any) -> None:
+    for value in axis if isinstance(axis, tuple | list) else (axis,):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"`axis` must be an integer or a tuple of them, got {axis!r}.")
+    if axis in ((), []):
+        raise ValueError("`axis` must name at least one axis, got none.")
+
+
+def _resolve_axis(axis: int | tuple[int, ...], batch_axis: int, ndim: int) -> tuple[int, ...]:
+    """`axis` as a tuple of nonnegative integers for inputs with `ndim` axes."""
+    axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    if any(not -ndim <= value < ndim for value in axes):
+        raise ValueError(
+            f"`axis={axis!r}` is out of range for inputs with {ndim} axes. Choose from "
+            f"{-ndim} to {ndim - 1}."
+        )
+    resolved = tuple(operator.index(value) % ndim for value in axes)
+    if batch_axis % ndim in resolved:
+        raise ValueError(
+            f"`axis={axis!r}` is the batch axis of inputs with {ndim} axes. A softmax normalises "
+            f"over the channel axis (`axis=-1`) of each input; pass `batch_axis` if yours is "
+            f"another than {batch_axis}."
+        )
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"`axis={axis!r}` names an axis twice.")
+    return resolved

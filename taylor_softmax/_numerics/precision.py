@@ -1,0 +1,26 @@
+"""Products in full precision, and what keeps floats away from underflow and from roots at 0."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+# Accelerators' default of fewer bits would show in a kernel.
+matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def log_tiny(dtype: DTypeLike) -> float:
+    """The logarithm of the smallest normal number: below it `exp` underflows."""
+    return float(np.log(jnp.finfo(dtype).tiny))
+
+
+def off_zero(variance: Array) -> Array:
+    """`variance + eps`, for rules that see a variance through its root, which has no slope at 0.
+
+    Where the result is a smooth function of the variance the shift changes it by eps relative to
+    its value at variance 1, and makes every derivative at 0 that of the smooth function.
+    """
+    return variance + jnp.finfo(variance.dtype).eps
