@@ -2,12 +2,16 @@
 
 import ast
 import dataclasses
+import textwrap
 from typing import Any, cast
 
 import sympy as sp
 from sympy.printing.numpy import JaxPrinter
 
 COMMAND = "python -m derivations"
+
+# Columns of the emitted code.
+_WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +95,20 @@ def _render_function(function: Function) -> str:
             raise ArithmeticError(f"`{function.name}`: circular definitions in {pending}")
         pending.remove(ready)
         known.add(ready[0])
-        lines.append(f"    {ready[0]} = {printer.doprint(ready[1])}")
+        lines += _assignment(ready[0], str(printer.doprint(ready[1])))
         count += int(sp.count_ops(ready[1]))
     for (name, *_), expression in zip(function.outputs, reduced[len(symbols) :], strict=True):
         if expression == sp.Symbol(name):  # a definition that is returned as it is
             continue
-        lines.append(f"    {name} = {printer.doprint(expression)}")
+        lines += _assignment(name, str(printer.doprint(expression)))
         count += int(sp.count_ops(expression))
 
-    arguments = ", ".join(f"{argument}: Array" for argument in function.arguments)
     n = len(function.outputs)
     returned = "Array" if n == 1 else f"tuple[{', '.join(['Array'] * n)}]"
     meanings = [f"      {name}: `{meaning}`." for name, meaning, _ in function.outputs]
     return "\n".join(
         [
-            f"def {function.name}({arguments}) -> {returned}:",
+            *_signature(function.name, [f"{name}: Array" for name in function.arguments], returned),
             f'    """{function.summary}',
             "",
             f"    {count} operations. Returns, in this order:",
@@ -116,6 +119,22 @@ def _render_function(function: Function) -> str:
             "",
         ]
     )
+
+
+def _signature(name: str, arguments: list[str], returned: str) -> list[str]:
+    line = f"def {name}({', '.join(arguments)}) -> {returned}:"
+    if len(line) <= _WIDTH:
+        return [line]
+    return [f"def {name}(", f"    {', '.join(arguments)}", f") -> {returned}:"]
+
+
+def _assignment(name: Any, expression: str) -> list[str]:
+    line = f"    {name} = {expression}"
+    if len(line) <= _WIDTH:
+        return [line]
+    # SymPy prints spaces around + and - only: inside brackets a line can end at any of them.
+    parts = textwrap.wrap(expression, _WIDTH - 8, break_long_words=False, break_on_hyphens=False)
+    return [f"    {name} = (", *(f"        {part}" for part in parts), "    )"]
 
 
 def _reject_untraceable(text: str, name: str) -> None:

@@ -16,6 +16,7 @@ from taylor_softmax._numerics.arguments import (
     check_n_classes,
 )
 from taylor_softmax._numerics.precision import einsum
+from taylor_softmax._numerics.statistics import Running, none_yet
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 
 # Numbers drawn at once, over all pairs: 32 MB in float64.
@@ -155,27 +156,18 @@ def _second_moment(
       shape: `(pairs, C)`.
       at_once: numbers held at a time.
     """
-    dtype = factors.dtype
     n_pairs, size = shape
     chunk = max(1, min(n_samples, at_once // (max(1, n_pairs) * size * (size + 2))))
     n_chunks, remainder = divmod(n_samples, chunk)
 
-    # Chan's update of mean and sum of squared deviations: sums of squares would cancel.
-    def merge(state: tuple[Array, Array, Array], key: Array, n: int) -> tuple[Array, Array, Array]:
-        count, mean, deviation = state
+    def draw_more(state: Running, key: Array, n: int) -> Running:
         left, right = (surrogate.softmax(z) for z in draw(key, factors, (n, *shape)))
-        samples = left[..., :, None] * right[..., None, :]
-        chunk_mean = jnp.mean(samples, 0)
-        chunk_deviation = jnp.sum((samples - chunk_mean) ** 2, 0)
-        total, step = count + n, chunk_mean - mean
-        mean = mean + step * (n / total)
-        deviation = deviation + chunk_deviation + step**2 * (count * (n / total))
-        return total, mean, deviation
+        return state.add(left[..., :, None] * right[..., None, :])
 
-    zeros = jnp.zeros((n_pairs, size, size), dtype)
-    state = (jnp.zeros((), dtype), zeros, zeros)
-    state = lax.fori_loop(0, n_chunks, lambda i, s: merge(s, random.fold_in(key, i), chunk), state)
+    state = none_yet(jnp.zeros((n_pairs, size, size), factors.dtype))
+    state = lax.fori_loop(
+        0, n_chunks, lambda i, state: draw_more(state, random.fold_in(key, i), chunk), state
+    )
     if remainder:
-        state = merge(state, random.fold_in(key, n_chunks), remainder)
-    count, mean, deviation = state
-    return mean, jnp.sqrt(deviation / (count - 1) / count)
+        state = draw_more(state, random.fold_in(key, n_chunks), remainder)
+    return state.mean, state.stderr()

@@ -11,6 +11,7 @@ from jax import Array, lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.accuracy.problems import Problem
+from taylor_softmax._numerics.statistics import Running, none_yet
 
 # Random numbers in a chunk of draws.
 _CHUNK = 1 << 19
@@ -72,21 +73,17 @@ def _sums(
     """Means and sums of squared deviations, each `(devices, 2, ...)`, in float64."""
 
     def one_device(key: Array) -> tuple[Array, Array]:
-        def add(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        def add(i: Array, state: Running) -> Running:
             drawn = problem.draw(random.fold_in(key, i), parameters, chunk, units)
             values = jnp.stack(drawn, axis=1).astype(jnp.float64)
             if weights is not None:
                 values = jnp.einsum("nkpq,pq->nk", values, weights)
-            mean, deviation = state
-            step = jnp.mean(values, 0) - mean
-            deviation = deviation + jnp.sum((values - mean - step) ** 2, 0)
-            # Chan's update: sums of squares would cancel.
-            deviation = deviation + step**2 * (chunk * i / (i + 1))
-            return mean + step / (i + 1), deviation
+            return state.add(values)
 
         n_positions = problem.n_positions
         shape = (2,) if weights is not None else (2, n_positions, n_positions)
-        zeros = jnp.zeros(shape, jnp.float64)
-        return lax.fori_loop(0, n_chunks, add, (zeros, zeros))
+        start = none_yet(jnp.zeros(shape, jnp.float64))
+        _, mean, deviation = lax.fori_loop(0, n_chunks, add, start)
+        return mean, deviation
 
     return jax.vmap(one_device)(keys)

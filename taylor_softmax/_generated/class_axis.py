@@ -4,7 +4,9 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def class_axis_order_2(var1: Array, cov12: Array, var2: Array, t: Array, s: Array) -> tuple[Array, Array, Array, Array]:
+def class_axis_order_2(
+    var1: Array, cov12: Array, var2: Array, t: Array, s: Array
+) -> tuple[Array, Array, Array, Array]:
     """Integrand of the output covariance of Taylor softmax of order 2, per class pair.
 
     156 operations. Returns, in this order:
@@ -37,8 +39,16 @@ def class_axis_order_2(var1: Array, cov12: Array, var2: Array, t: Array, s: Arra
     inverse = 1 / (excess + 1)
     x4 = inverse ** 2
     x5 = inverse ** 3
-    log_phi = inverse*(t*(s*(-1/2*var1 - 1/2*var2) - 1/2) - x1 + x3) - 1/2*t - x1 - 1/2*jnp.log1p(excess)
+    log_phi = (
+        inverse*(t*(s*(-1/2*var1 - 1/2*var2) - 1/2) - x1 + x3) - 1/2*t - x1 - 1/2*jnp.log1p(excess)
+    )
     cross = x4*((1/2)*cov12 - 1) + x5*(cov12*(-s + t*x6) + x10 + x11)
-    cross_slope = inverse ** 4*(cov12*(s*(-6*x0 - 6) + t*(s*(s*(-x18 - x19) - 12*var1 - 12*var2) + t*(s*(s*(-var1*x19 - var2*x20) - x18 - x20) - 6*var1) - 6)) + s*(x12 + 12*x14) + t*(s*(x14*x15 + 48*x8) + t*(s*(x12*x16 + x14*x17) + x17) + x15) + 12) + x4*(3 - cov12) + x5*(cov12*(s*(2*var2 + 4) + t*(s*(4*var1 + 4*var2 + x9) + x7 + 4) + 2) + t*(-14*s*x8 - 14*var1) - 14*x0 - 14)
+    cross_slope = (
+        inverse ** 4*(cov12*(s*(-6*x0 - 6) + t*(s*(s*(-x18 - x19) - 12*var1 - 12*var2) +
+        t*(s*(s*(-var1*x19 - var2*x20) - x18 - x20) - 6*var1) - 6)) + s*(x12 + 12*x14) +
+        t*(s*(x14*x15 + 48*x8) + t*(s*(x12*x16 + x14*x17) + x17) + x15) + 12) + x4*(3 - cov12) +
+        x5*(cov12*(s*(2*var2 + 4) + t*(s*(4*var1 + 4*var2 + x9) + x7 + 4) + 2) + t*(-14*s*x8 -
+        14*var1) - 14*x0 - 14)
+    )
     log_phi_slope = inverse*(-x2 + x3) + x4*(cov12*t*(-s ** 2 + s*t*x6) + t*(s*x10 + s*x11))
     return log_phi, cross, cross_slope, log_phi_slope

@@ -54,7 +54,10 @@ def moments_order_6(var1: Array, cov12: Array, var2: Array) -> tuple[Array, Arra
     x2 = (var1*((1/8)*var1 + 1/2) + 1)*(var2*((1/8)*var2 + 1/2) + 1)
     x3 = ((1/2)*var1 + 1)*((1/2)*var2 + 1)
     x4 = (1/6)*x3
-    second_moment = cov12*(cov12*(cov12*(cov12*(cov12*((1/720)*cov12 + 1/120) + (1/24)*x3) + x4) + (1/2)*x2) + x2) + x0*x1
+    second_moment = (
+        cov12*(cov12*(cov12*(cov12*(cov12*((1/720)*cov12 + 1/120) + (1/24)*x3) + x4) + (1/2)*x2) +
+        x2) + x0*x1
+    )
     slope_moment = cov12*(cov12*(cov12*(cov12*((1/120)*cov12 + 1/24) + x4) + (1/2)*x3) + x2) + x2
     mean1 = x0
     mean2 = x1
@@ -77,8 +80,14 @@ def moments_order_8(var1: Array, cov12: Array, var2: Array) -> tuple[Array, Arra
     x4 = (1/6)*x3
     x5 = ((1/2)*var1 + 1)*((1/2)*var2 + 1)
     x6 = (1/120)*x5
-    second_moment = cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/40320)*cov12 + 1/5040) + (1/720)*x5) + x6) + (1/24)*x3) + x4) + (1/2)*x2) + x2) + x0*x1
-    slope_moment = cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/5040)*cov12 + 1/720) + x6) + (1/24)*x5) + x4) + (1/2)*x3) + x2) + x2
+    second_moment = (
+        cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/40320)*cov12 + 1/5040) + (1/720)*x5) +
+        x6) + (1/24)*x3) + x4) + (1/2)*x2) + x2) + x0*x1
+    )
+    slope_moment = (
+        cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/5040)*cov12 + 1/720) + x6) + (1/24)*x5) + x4) +
+        (1/2)*x3) + x2) + x2
+    )
     mean1 = x0
     mean2 = x1
     return second_moment, slope_moment, mean1, mean2
@@ -95,15 +104,24 @@ def moments_order_10(var1: Array, cov12: Array, var2: Array) -> tuple[Array, Arr
     """
     x0 = var1*(var1*(var1*(var1*((1/3840)*var1 + 1/384) + 1/48) + 1/8) + 1/2) + 1
     x1 = var2*(var2*(var2*(var2*((1/3840)*var2 + 1/384) + 1/48) + 1/8) + 1/2) + 1
-    x2 = (var1*(var1*(var1*((1/384)*var1 + 1/48) + 1/8) + 1/2) + 1)*(var2*(var2*(var2*((1/384)*var2 + 1/48) + 1/8) + 1/2) + 1)
+    x2 = (
+        (var1*(var1*(var1*((1/384)*var1 + 1/48) + 1/8) + 1/2) + 1)*(var2*(var2*(var2*((1/384)*var2 +
+        1/48) + 1/8) + 1/2) + 1)
+    )
     x3 = (var1*(var1*((1/48)*var1 + 1/8) + 1/2) + 1)*(var2*(var2*((1/48)*var2 + 1/8) + 1/2) + 1)
     x4 = (1/6)*x3
     x5 = (var1*((1/8)*var1 + 1/2) + 1)*(var2*((1/8)*var2 + 1/2) + 1)
     x6 = (1/120)*x5
     x7 = ((1/2)*var1 + 1)*((1/2)*var2 + 1)
     x8 = (1/5040)*x7
-    second_moment = cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/3628800)*cov12 + 1/362880) + (1/40320)*x7) + x8) + (1/720)*x5) + x6) + (1/24)*x3) + x4) + (1/2)*x2) + x2) + x0*x1
-    slope_moment = cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/362880)*cov12 + 1/40320) + x8) + (1/720)*x7) + x6) + (1/24)*x5) + x4) + (1/2)*x3) + x2) + x2
+    second_moment = (
+        cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/3628800)*cov12 + 1/362880)
+        + (1/40320)*x7) + x8) + (1/720)*x5) + x6) + (1/24)*x3) + x4) + (1/2)*x2) + x2) + x0*x1
+    )
+    slope_moment = (
+        cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/362880)*cov12 + 1/40320) + x8) +
+        (1/720)*x7) + x6) + (1/24)*x5) + x4) + (1/2)*x3) + x2) + x2
+    )
     mean1 = x0
     mean2 = x1
     return second_moment, slope_moment, mean1, mean2
@@ -120,8 +138,14 @@ def moments_order_12(var1: Array, cov12: Array, var2: Array) -> tuple[Array, Arr
     """
     x0 = var1*(var1*(var1*(var1*(var1*((1/46080)*var1 + 1/3840) + 1/384) + 1/48) + 1/8) + 1/2) + 1
     x1 = var2*(var2*(var2*(var2*(var2*((1/46080)*var2 + 1/3840) + 1/384) + 1/48) + 1/8) + 1/2) + 1
-    x2 = (var1*(var1*(var1*(var1*((1/3840)*var1 + 1/384) + 1/48) + 1/8) + 1/2) + 1)*(var2*(var2*(var2*(var2*((1/3840)*var2 + 1/384) + 1/48) + 1/8) + 1/2) + 1)
-    x3 = (var1*(var1*(var1*((1/384)*var1 + 1/48) + 1/8) + 1/2) + 1)*(var2*(var2*(var2*((1/384)*var2 + 1/48) + 1/8) + 1/2) + 1)
+    x2 = (
+        (var1*(var1*(var1*(var1*((1/3840)*var1 + 1/384) + 1/48) + 1/8) + 1/2) +
+        1)*(var2*(var2*(var2*(var2*((1/3840)*var2 + 1/384) + 1/48) + 1/8) + 1/2) + 1)
+    )
+    x3 = (
+        (var1*(var1*(var1*((1/384)*var1 + 1/48) + 1/8) + 1/2) + 1)*(var2*(var2*(var2*((1/384)*var2 +
+        1/48) + 1/8) + 1/2) + 1)
+    )
     x4 = (1/6)*x3
     x5 = (var1*(var1*((1/48)*var1 + 1/8) + 1/2) + 1)*(var2*(var2*((1/48)*var2 + 1/8) + 1/2) + 1)
     x6 = (1/120)*x5
@@ -129,8 +153,16 @@ def moments_order_12(var1: Array, cov12: Array, var2: Array) -> tuple[Array, Arr
     x8 = (1/5040)*x7
     x9 = ((1/2)*var1 + 1)*((1/2)*var2 + 1)
     x10 = (1/362880)*x9
-    second_moment = cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/479001600)*cov12 + 1/39916800) + (1/3628800)*x9) + x10) + (1/40320)*x7) + x8) + (1/720)*x5) + x6) + (1/24)*x3) + x4) + (1/2)*x2) + x2) + x0*x1
-    slope_moment = cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/39916800)*cov12 + 1/3628800) + x10) + (1/40320)*x9) + x8) + (1/720)*x7) + x6) + (1/24)*x5) + x4) + (1/2)*x3) + x2) + x2
+    second_moment = (
+        cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/479001600)*cov12
+        + 1/39916800) + (1/3628800)*x9) + x10) + (1/40320)*x7) + x8) + (1/720)*x5) + x6) +
+        (1/24)*x3) + x4) + (1/2)*x2) + x2) + x0*x1
+    )
+    slope_moment = (
+        cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*(cov12*((1/39916800)*cov12 +
+        1/3628800) + x10) + (1/40320)*x9) + x8) + (1/720)*x7) + x6) + (1/24)*x5) + x4) + (1/2)*x3) +
+        x2) + x2
+    )
     mean1 = x0
     mean2 = x1
     return second_moment, slope_moment, mean1, mean2

@@ -19,11 +19,16 @@ def observation_order_2(moved: Array, variance: Array, rate: Array) -> tuple[Arr
     return gain, shift, log_phi
 
 
-def second_moment_order_2(moved1: Array, var1: Array, cov12: Array, moved2: Array, var2: Array) -> Array:
+def second_moment_order_2(
+    moved1: Array, var1: Array, cov12: Array, moved2: Array, var2: Array
+) -> Array:
     """Second moment of two tilted logits of means `moved - 1`.
 
     14 operations. Returns, in this order:
       second_moment: `E[f(u) f(v)]`.
     """
-    second_moment = (1/2)*cov12*(cov12 + 2*moved1*moved2) + (1/4)*(moved1 ** 2 + var1 + 1)*(moved2 ** 2 + var2 + 1)
+    second_moment = (
+        (1/2)*cov12*(cov12 + 2*moved1*moved2) + (1/4)*(moved1 ** 2 + var1 + 1)*(moved2 ** 2 + var2 +
+        1)
+    )
     return second_moment

@@ -58,7 +58,10 @@ def hermite_functions(x: np.ndarray, degree: int) -> np.ndarray:
 def chebyshev_rule(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Chebyshev nodes on `(-1, 1)` and the matrix that takes values there to coefficients."""
     nodes = chebyshev.chebpts1(n_nodes)
-    return nodes, np.linalg.inv(chebyshev.chebvander(nodes, n_nodes - 1))
+    # T_k are orthogonal over these nodes, with norms n for k = 0 and n / 2 otherwise.
+    to_coefficients = chebyshev.chebvander(nodes, n_nodes - 1).T * (2 / n_nodes)
+    to_coefficients[0] /= 2
+    return nodes, to_coefficients
 
 
 @functools.cache
