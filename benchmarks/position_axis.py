@@ -120,7 +120,7 @@ outputs and temporaries of the compiled function."""
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.position_axis", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer samples, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("docs/position_axis.md"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/position_axis.md"))
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     n_samples, repetitions = (100_000, 1) if arguments.quick else (10_000_000, 3)

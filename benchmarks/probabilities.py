@@ -192,7 +192,7 @@ only."""
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probabilities", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer points, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("docs/probabilities.md"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/probabilities.md"))
     return parser.parse_args(argv)
 
 

@@ -330,7 +330,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     x64 = argparse.BooleanOptionalAction
     parser.add_argument("--x64", action=x64, help="one precision only (both; quick: float64)")
     parser.add_argument("--quick", action="store_true", help="fewer layers, small, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("docs/speed.md"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.md"))
     arguments = parser.parse_args(argv)
     arguments.inputs = arguments.inputs or (200 if arguments.quick else 2000)
     arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 7)

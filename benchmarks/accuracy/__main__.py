@@ -29,12 +29,13 @@ from benchmarks.accuracy.verdict import Result, verdict
 from benchmarks.report import environment, progress, publish
 
 PACKAGES = ("taylor-softmax", "jax", "jaxlib", "neural-tangents", "numpy", "scipy")
+RESULTS = Path("benchmarks/results")
 COMMAND = "benchmarks.accuracy"
 
 
 def results_of(problem: Problem, seed: int, n_samples: int, devices: list[Any]) -> list[Result]:
     """Analytic and sampled kernels of one problem."""
-    estimated = problem.tolerance > 0
+    estimated = problem.is_estimated
     # A key that the problem's place in the grid does not change.
     key = random.fold_in(random.key(seed), zlib.crc32(problem.name.encode()))
     mean, stderr, n_draws = sample(problem, key, n_samples, devices, entries=estimated)
@@ -58,7 +59,7 @@ def results_of(problem: Problem, seed: int, n_samples: int, devices: list[Any]) 
                 stderr=float(error),
                 scale=float(np.max(np.abs(matrix))),
                 entries=matrix.size if estimated else 1,
-                tolerance=problem.tolerance,
+                tolerance=problem.tolerance(kernel),
                 n_draws=n_draws,
                 departure=departures[i],
                 problem=dataclasses.asdict(problem),
@@ -131,7 +132,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="a setting (CPU: 1e6, quick 1e5; else 1e8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a small grid, one minute")
-    parser.add_argument("--output", type=Path, help="result file (docs/accuracy.json)")
+    parser.add_argument("--output", type=Path, help=f"result file ({RESULTS}/accuracy.json)")
     parser.add_argument("--restart", action="store_true", help="use no saved results")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
@@ -144,8 +145,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments.given = argv
     if arguments.output is None:
         # The quick run does not replace the results of the full one.
-        name = "build/accuracy-quick.json" if arguments.quick else "docs/accuracy.json"
-        arguments.output = Path(name)
+        quick = Path("build/accuracy-quick.json")
+        arguments.output = quick if arguments.quick else RESULTS / "accuracy.json"
     try:
         arguments.devices = jax.devices(arguments.device)
     except RuntimeError as error:

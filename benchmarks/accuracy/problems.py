@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array, random
 
 from taylor_softmax import stax
+from taylor_softmax._numerics import errors
 
 # The axes that a softmax can have.
 CLASSES, POSITIONS, WIDTH = "classes", "positions", "infinite width"
@@ -68,14 +69,19 @@ class LayerProblem:
     def group(self) -> str:
         if self.axis == WIDTH:
             return WIDTH
-        return f"{self.axis}, {'estimates' if self.tolerance else 'finite'}"
+        return f"{self.axis}, {'estimates' if self.is_estimated else 'finite'}"
 
     @property
-    def tolerance(self) -> float:
-        """Documented error over the largest entry, where the kernel is itself an estimate."""
-        if self.axis != POSITIONS or self.order == 2:
+    def is_estimated(self) -> bool:
+        """Whether the kernel is itself an estimate, held to the promised error."""
+        return self.axis == POSITIONS and self.order != 2
+
+    def tolerance(self, kernel: str) -> float:
+        """Promised error of "nngp" or "ntk" over the largest entry; 0 of an exact kernel."""
+        if not self.is_estimated:
             return 0.0
-        return 5e-3 if max(self.var1, self.var2) <= 1 else 2e-2
+        quantities = {"nngp": errors.POSITIONS_NNGP, "ntk": errors.POSITIONS_NTK}
+        return errors.promised(quantities[kernel], max(self.var1, self.var2))
 
     @property
     def n_positions(self) -> int:
@@ -203,7 +209,10 @@ class NetworkProblem:
     network: str
     width: int
 
-    tolerance = 0.0
+    is_estimated = False
+
+    def tolerance(self, kernel: str) -> float:
+        return 0.0
 
     @property
     def name(self) -> str:

@@ -114,10 +114,8 @@ def joint_second_moment(
     call: see the module `taylor_softmax._position_axis.moments`. Covariances may be singular.
     Differentiable in all three.
 
-    Error over the largest entry, as tested and measured (docs/position_axis.md): order 2: 1e-6.
-    Other orders and softmax with the default number of points, for up to 16 positions: 3e-3 at
-    variances up to 1, 1e-2 at variance 4; the NTK of the layers 5e-3 and 2e-2. The series
-    alone: 2e-2, 1e-1.
+    Errors: `POSITIONS_CLOSED_FORM` and `POSITIONS_NNGP` in `taylor_softmax._numerics.errors`, with
+    the default number of points.
 
     Args:
       cov11: `K11`, `(..., S, S)`, symmetric and positive semi-definite.

@@ -1,0 +1,108 @@
+"""What the library promises of its errors: one table, which docstrings, tests and reports cite.
+
+A promise holds up to a largest variance of the logits. Beyond the last of a quantity's rows the
+docstring of the function says what happens; no value is silently wrong.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from taylor_softmax._numerics.surrogate import LARGEST_FINITE_ORDER, Surrogate
+
+
+class Promise(NamedTuple):
+    """Largest error of one quantity.
+
+    Attributes:
+      quantity: what it is of.
+      variance: of the logits, up to which it holds.
+      float64, float32: the error in either precision, in the unit of `UNITS`.
+    """
+
+    quantity: str
+    variance: float
+    float64: float
+    float32: float
+
+
+# Names of the quantities.
+CLASS_AXIS = "softmax over classes"
+CLASS_AXIS_CLOSED_FORM = "Taylor softmax over classes, order 2"
+CLASS_AXIS_TAYLOR = f"Taylor softmax over classes, orders 4 to {LARGEST_FINITE_ORDER}"
+INFINITE_WIDTH = "infinite width, any order"
+POSITIONS_CLOSED_FORM = "over up to 32 positions, order 2"
+POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
+POSITIONS_NTK = "over up to 16 positions, other orders and softmax, NTK"
+ATTENTION = "attention over up to 64 tokens, NNGP and NTK"
+PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 classes"
+
+# What errors are relative to.
+UNITS = {
+    CLASS_AXIS: "value at correlation 1",
+    CLASS_AXIS_CLOSED_FORM: "value at correlation 1",
+    CLASS_AXIS_TAYLOR: "value at correlation 1",
+    INFINITE_WIDTH: "value at correlation 1",
+    POSITIONS_CLOSED_FORM: "largest entry",
+    POSITIONS_NNGP: "largest entry",
+    POSITIONS_NTK: "largest entry",
+    ATTENTION: "largest entry",
+    PROBABILITIES: "absolute",
+}
+
+# Over classes: of value and slope, that is of the NNGP beyond 1/n^2 and of the NTK's factor.
+PROMISES = (
+    Promise(CLASS_AXIS_CLOSED_FORM, 1e6, 1e-7, 1e-4),
+    Promise(CLASS_AXIS, 100.0, 1e-6, 1e-4),
+    Promise(CLASS_AXIS, 1e4, 1e-4, 1e-3),
+    Promise(CLASS_AXIS, math.inf, 2e-3, 5e-3),
+    Promise(CLASS_AXIS_TAYLOR, 20.0, 1e-6, 1e-4),
+    Promise(CLASS_AXIS_TAYLOR, 1e4, 1e-4, 1e-3),
+    Promise(INFINITE_WIDTH, 1e3, 1e-12, 1e-5),
+    Promise(POSITIONS_CLOSED_FORM, 4.0, 1e-7, 1e-4),
+    Promise(POSITIONS_NNGP, 1.0, 2e-3, 2e-3),
+    Promise(POSITIONS_NNGP, 4.0, 7e-3, 7e-3),
+    Promise(POSITIONS_NTK, 1.0, 4e-3, 4e-3),
+    Promise(POSITIONS_NTK, 4.0, 1.5e-2, 1.5e-2),
+    Promise(ATTENTION, 1.0, 1e-3, 1e-3),
+    Promise(ATTENTION, 4.0, 7e-3, 7e-3),
+    Promise(PROBABILITIES, 1e4, 1e-6, 1e-5),
+)
+
+
+def promised(quantity: str, variance: float, dtype: DTypeLike = float) -> float:
+    """The promised error of `quantity` at logits of variances up to `variance`.
+
+    Raises:
+      KeyError: nothing is promised of it there.
+    """
+    for promise in PROMISES:
+        if promise.quantity == quantity and variance <= promise.variance:
+            return promise.float64 if jnp.finfo(dtype).bits == 64 else promise.float32
+    raise KeyError(f"Nothing is promised of {quantity!r} at variance {variance:g}.")
+
+
+def class_axis(surrogate: Surrogate) -> str:
+    """The quantity that softmax over classes with `surrogate` is."""
+    if surrogate.is_shift_invariant:
+        return CLASS_AXIS
+    return CLASS_AXIS_CLOSED_FORM if surrogate.has_closed_form else CLASS_AXIS_TAYLOR
+
+
+def _scientific(x: float) -> str:
+    """As 2e-3 and 1.5e-2, on all platforms alike."""
+    exponent = math.floor(math.log10(x) + 1e-9)
+    return f"{x / 10**exponent:.2g}e{exponent}"
+
+
+def markdown() -> str:
+    """The table, for the README and the docs."""
+    lines = ["| largest error | variance up to | float64 | float32 | relative to |"]
+    lines.append("|---|--:|--:|--:|---|")
+    for quantity, variance, float64, float32 in PROMISES:
+        limit = "any" if math.isinf(variance) else f"{variance:,.0f}"
+        errors = f"{_scientific(float64)} | {_scientific(float32)}"
+        lines.append(f"| {quantity} | {limit} | {errors} | {UNITS[quantity]} |")
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+"""The table of promises: that it is one, and that what cites it does."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from taylor_softmax._numerics import errors
+from taylor_softmax._numerics.surrogate import parse
+
+pytestmark = pytest.mark.core
+
+
+def test_promises_weaken_with_the_variance():
+    for quantity in errors.UNITS:
+        rows = [promise for promise in errors.PROMISES if promise.quantity == quantity]
+        assert rows
+        assert [p.variance for p in rows] == sorted(p.variance for p in rows)
+        for column in ("float64", "float32"):
+            limits = [getattr(promise, column) for promise in rows]
+            assert limits == sorted(limits)
+        assert all(promise.float64 <= promise.float32 for promise in rows)
+
+
+def test_look_up_at_the_edges():
+    softmax = errors.class_axis(parse(None))
+    assert errors.promised(softmax, 100.0) == 1e-6
+    assert errors.promised(softmax, 100.1) == 1e-4
+    assert errors.promised(softmax, np.inf, np.float32) == 5e-3
+    assert errors.promised(errors.class_axis(parse(2)), 1e6) == 1e-7
+    with pytest.raises(KeyError, match=r"Nothing is promised of .*orders 4 to 32.* at variance"):
+        errors.promised(errors.class_axis(parse(4)), 1.1e4)
+
+
+def test_the_docs_show_this_table():
+    docs = pathlib.Path(__file__).parents[1] / "docs" / "promises.md"
+    assert errors.markdown() in docs.read_text()
