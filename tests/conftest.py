@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 
@@ -16,3 +17,10 @@ jax.config.update("jax_enable_x64", True)
 # importable for the test modules, too, which import it in alphabetical order.
 with jaxtyping.install_import_hook("taylor_softmax", "beartype.beartype"):
     import taylor_softmax  # noqa: F401
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_functions_end_with_their_module():
+    """A worker that kept them all would hold several gigabytes by the end of the suite."""
+    yield
+    jax.clear_caches()
