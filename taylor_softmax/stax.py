@@ -7,6 +7,17 @@ init_fn, apply_fn, kernel_fn = stax.serial(
 
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
+from taylor_softmax._layers.finite import (
+    Aggregate,
+    AvgPool,
+    Dropout,
+    FanInConcat,
+    FanInProd,
+    FanInSum,
+    GlobalSumPool,
+    LayerNorm,
+    SumPool,
+)
 from taylor_softmax._layers.softmax import Softmax, TaylorSoftmax
 
 __all__ = [  # noqa: F405

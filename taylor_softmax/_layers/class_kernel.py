@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from neural_tangents import Kernel
 
+from taylor_softmax._layers.finite import MIXTURE, FiniteClassKernel
 from taylor_softmax._numerics.arguments import Validated
 
 
@@ -38,20 +39,31 @@ def class_kernel(kernel: Validated[Kernel]) -> ClassKernel:
 
     Raises:
       TypeError: `kernel` is an array or a tuple, as `kernel_fn(x1, x2, get='nngp')` returns.
-      ValueError: `kernel` is that of a Gaussian output: the network does not end in softmax.
+      ValueError: the network does not end in a softmax over classes. What leaves the classes as
+        they are, such as `GlobalAvgPool`, may follow it.
     """
     if not isinstance(kernel, Kernel):
         raise TypeError(
             f"`kernel` must be a `neural_tangents.Kernel`, got {type(kernel).__name__}. Call "
             f"`kernel_fn(x1, x2)` without `get`."
         )
-    if kernel.is_gaussian or kernel.shape1 is None:
+    if not isinstance(kernel, FiniteClassKernel):
         raise ValueError(
-            "`kernel` is that of Gaussian outputs. `class_kernel` is for a network whose last "
-            "layer is `stax.TaylorSoftmax` or `stax.Softmax` over a finite channel axis; the "
-            "classes of any other network are independent."
+            "`kernel` is not that of classes. `class_kernel` is for a network whose last layer is "
+            "`stax.TaylorSoftmax` or `stax.Softmax` over a finite channel axis; the channels of "
+            "any other network are independent of each other."
         )
-    n = kernel.shape1[kernel.channel_axis]
+    n = kernel.n_classes
+    assert kernel.shape1 is not None
+    if (
+        kernel.is_gaussian is MIXTURE
+        or not kernel.sums_to_one
+        or kernel.shape1[kernel.channel_axis] != n
+    ):
+        raise ValueError(
+            f"`kernel` has a softmax over {n} classes, but not at its end: a layer "
+            "behind it mixes the classes or changes their sum. Take the kernel before that layer."
+        )
     identity = jnp.eye(n, dtype=kernel.nngp.dtype)
     # For one class the centred part vanishes, and nothing has to be undone.
     same_class_share = 1 - 1 / n if n > 1 else 1.0

@@ -16,6 +16,7 @@ from neural_tangents.stax import Bool, Diagonal, layer, requires, supports_maski
 from taylor_softmax import _infinite_width
 from taylor_softmax._class_axis import covariance as class_axis
 from taylor_softmax._class_axis.covariance import Pairs
+from taylor_softmax._layers.finite import FiniteClassKernel, NormalisedKernel, cast
 from taylor_softmax._layers.spatial import SpatialLayout
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.surrogate import Surrogate, parse
@@ -176,7 +177,16 @@ class _Softmax:
             )
         if not over_channels:
             return _over_positions(k, axes, self.surrogate, self.method)
-        return _elementwise(k, self._moments(k))
+        if self.infinite_width:
+            return _elementwise(k, self._moments(k))
+        n_classes = k.shape1[k.channel_axis]
+        if isinstance(k, NormalisedKernel):
+            raise NotImplementedError(
+                "A layer that normalises over channels stands directly before a softmax over "
+                f"{n_classes} of them: its kernel takes them for infinitely many. "
+                "Put it before the last dense layer, or use `infinite_width=True`."
+            )
+        return cast(_elementwise(k, self._moments(k)), FiniteClassKernel, n_classes=n_classes)
 
     def _moments(self, k: Any) -> list[tuple[Array, Array]]:
         """Second moment and NTK factor of each of the pairs in `_pairs_of_inputs`."""
