@@ -134,7 +134,7 @@ def joint_second_moment(
     """
     surrogate = parse(order)
     method = check_method(method, surrogate)
-    covs = broadcast_covariances(cov11, cov12, cov22)
+    *covs, dtype = broadcast_covariances(cov11, cov12, cov22)
     batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
     flat = tuple(cov.reshape(-1, size, size) for cov in covs)
     present = jnp.ones(flat[0].shape[:2], flat[0].dtype)
@@ -143,7 +143,7 @@ def joint_second_moment(
     )
     index = np.arange(len(flat[0]))
     moment, _ = second_moments(one, two, index, index, flat[1], None, surrogate, method)
-    return moment.reshape(*batch, size, size)
+    return moment.reshape(*batch, size, size).astype(dtype)
 
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
