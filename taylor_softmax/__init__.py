@@ -10,7 +10,7 @@ import importlib.metadata
 from taylor_softmax import _compat as _compat  # isort: skip
 import neural_tangents as nt
 
-from taylor_softmax import losses, methods, monte_carlo, predict, stax
+from taylor_softmax import losses, methods, monte_carlo, nn, predict, stax
 from taylor_softmax._class_axis.covariance import class_covariance
 from taylor_softmax._layers.class_kernel import ClassKernel, class_kernel
 from taylor_softmax._position_axis.moments import joint_second_moment
@@ -23,6 +23,7 @@ __all__ = [
     "losses",
     "methods",
     "monte_carlo",
+    "nn",
     "nt",
     "predict",
     "stax",

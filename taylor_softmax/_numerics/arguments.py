@@ -55,6 +55,8 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
     for name, value in arguments.items():
         hint = f"`{name}` must be a real number or an array of them, got"
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError("text")
             array = jnp.asarray(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{hint} {value!r} of type {type(value).__name__}: {error}") from None
