@@ -1,0 +1,281 @@
+"""`G(V; C) = E[tr(V^T J(u) C J(v)^T)]` of softmaxes of jointly Gaussian logits, for correlations.
+
+`J` is the Jacobian of `y(z)_p = f(z_p) / sum_q f(z_q)`, the logits are `u = tau xi`,
+`v = tau' xi'` for every two of a few scales and sets of allowed keys (*classes*), and
+`xi`, `xi'` have covariances `K11`, `K22` and cross-covariance `r K12`. Wanted is `G` as a
+polynomial in the correlation `r`. With `q = f' / sum f`, `J = diag(q) - y q^T` and
+
+    tr(V^T J C J'^T) = q^T (V o C) q' - q^T ((C q') o (V y')) - ((C^T q) o (V^T y))^T q'
+                       + (q^T C q') (y^T V y'),
+
+products of `(S, S)` with `(S, points)`. Points and their negatives at both inputs give `r` and
+`-r` at once, and so the even and the odd part of `G`, each a polynomial of few terms through its
+values at `_NODES`. At `r = 0` it is known, `tr(V^T B C B'^T)` with `B = E[J]`, and what the sample
+means of `J` miss of `B` is taken off.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from taylor_softmax._numerics import surrogate as _surrogate
+from taylor_softmax._position_axis.moments import _normal_points
+
+# Points, beside their negatives, for the mean and mean Jacobian of one input.
+_COMPONENT_POINTS = 1 << 14
+
+# Correlations at which `G` is sampled.
+_NODES = (1.0, 0.6)
+
+
+class Logits(NamedTuple):
+    """Logits of one input, in `C` classes.
+
+    Attributes:
+      covariance: of the `xi`, `(S, S)`.
+      root: `R` with `R R^T` the covariance.
+      inverse: its pseudo-inverse.
+      noise: size of rounding errors in covariances, a scalar.
+      scales: `tau`, `(C,)`.
+      allowed: 1 where a key is attended to, else 0, `(C, S)`.
+      mean: `E[y]`, `(C, S)`.
+      slope: `B = E[J]`, `(C, S, S)`.
+    """
+
+    covariance: Array
+    root: Array
+    inverse: Array
+    noise: Array
+    scales: Array
+    allowed: Array
+    mean: Array
+    slope: Array
+
+
+def prepare(
+    covariance: Array, noise: Array, scales: Array, allowed: Array, order: int | None
+) -> Logits:
+    """The logits of one input with `covariance` right to rounding errors of size `noise`."""
+    root, inverse = psd_root(covariance, noise)
+    z = matmul(root, _points(_COMPONENT_POINTS, len(root), covariance.dtype, seed=1))
+
+    def components(of: tuple[Array, Array]) -> tuple[Array, Array]:
+        y, q = _outputs(z, of[0][None], of[1][None], order)
+        return jnp.mean(y[:, 0], (1, 2)), _mean_jacobian(y, q)[0]
+
+    mean, slope = lax.map(components, (scales, allowed))
+    return Logits(covariance, root, inverse, noise, scales, allowed, mean, slope)
+
+
+def coefficients(
+    one: Logits,
+    two: Logits,
+    cross: Array,
+    values: list[Array],
+    keys: list[Array],
+    forms: list[tuple[int, int]],
+    order: int | None,
+    n_points: int,
+) -> Array:
+    """Coefficients of `r^0, r^1, ...` in `G(values[i]; keys[j])` for each of the `forms` `(i, j)`.
+
+    Args:
+      one, two: the logits, in `C` and `D` classes.
+      cross: `K12`, `(S, S)`.
+      values, keys: `V` and `C`, each `(S, S)`.
+
+    Returns:
+      `(forms, powers, C, D)`.
+    """
+    u, v, independent = _correlated_points(one, two, cross, n_points)
+    left = _Left(values, keys, forms, *_outputs(u, one.scales, one.allowed, order))
+    known = jnp.stack([_form(one.slope, values[i], keys[j], two.slope) for i, j in forms])
+    missed = one.slope - _mean_jacobian(left.y, left.q)
+    even, odd = [], []
+    for r in _NODES:
+        z = r * v + np.sqrt(1 - r * r) * independent
+        y, q = _outputs(z, two.scales, two.allowed, order)
+        jacobian = _mean_jacobian(y, q)
+        corrections = [
+            _form(missed, values[i], keys[j], two.slope)
+            - _form(one.slope, values[i], keys[j], jacobian)
+            for i, j in forms
+        ]
+        both, differing = left.traces(y, q)
+        even.append(both + jnp.stack(corrections))
+        odd.append(differing)
+    # Even part less its known value: r^2, r^4, ...; odd part: r, r^3, ...
+    of_even, of_odd = (_fit(np.asarray(_NODES), first) for first in (2, 1))
+    powers = [known]
+    for k in range(len(_NODES)):
+        powers.append(sum(w * x for w, x in zip(of_odd[k], odd, strict=True)))
+        powers.append(sum(w * x for w, x in zip(of_even[k], even, strict=True)))
+    return jnp.stack(powers, 1)
+
+
+def _fit(r: np.ndarray, first: int) -> np.ndarray:
+    """Takes values at `r` to coefficients of `r^first, r^(first + 2), ...`: floats."""
+    return np.linalg.inv(r[:, None] ** (first + 2 * np.arange(len(r))))
+
+
+def _form(first: Array, values: Array, keys: Array, second: Array) -> Array:
+    """`tr(V^T P C P'^T)` for matrices `P`, `(C, S, S)`, and `P'`, `(D, S, S)`."""
+    left = matmul(first, keys)
+    right = matmul(values, second)
+    return _einsum("ipl,jpl->ij", left, right)
+
+
+def _correlated_points(
+    one: Logits, two: Logits, cross: Array, n_points: int
+) -> tuple[Array, Array, Array]:
+    """`xi`, `xi'` at correlation 1, and an independent `xi'`, each `(S, points)`."""
+    size = len(cross)
+    z = _points(n_points, 3 * size, cross.dtype, seed=0)
+    slope = matmul(one.inverse, cross)
+    rest, _ = psd_root(two.covariance - matmul(slope.T, slope), two.noise)
+    first, second, third = z[:size], z[size : 2 * size], z[2 * size :]
+    v = matmul(slope.T, first) + matmul(rest, second)
+    return matmul(one.root, first), v, matmul(two.root, third)
+
+
+def _outputs(z: Array, scales: Array, allowed: Array, order: int | None) -> tuple[Array, Array]:
+    """`y` and `q` of the classes at the points `z`, `(S, n)`, and at `-z`: `(S, C, 2, n)`."""
+    signed = scales[:, None, None] * jnp.stack([z, -z], 1)[:, None]
+
+    def of_class(z: Array, allowed: Array) -> tuple[Array, Array]:
+        value, slope, _ = _surrogate.ratios(z, allowed, order=order)
+        return value, slope
+
+    # Positions stay the first axis, along which everything is summed: points next to each other.
+    over_points = jax.vmap(jax.vmap(of_class, (-1, None), -1), (-1, None), -1)
+    return jax.vmap(over_points, (1, 0), 1)(signed, allowed)
+
+
+def _mean_jacobian(y: Array, q: Array) -> Array:
+    """`(C, S, S)`, of the outputs `(S, C, 2, n)`."""
+    size, n_classes, signs, n = y.shape
+    rows = (jnp.moveaxis(x, 1, 0).reshape(n_classes, size, signs * n) for x in (y, q))
+    first, second = rows
+    products = matmul(first, jnp.swapaxes(second, 1, 2)) / (signs * n)
+    diagonal = jnp.mean(second, -1)
+    return diagonal[:, :, None] * jnp.eye(size, dtype=y.dtype) - products
+
+
+class _Left:
+    """The first input's outputs, and what of the traces does not depend on the second's."""
+
+    def __init__(
+        self,
+        values: list[Array],
+        keys: list[Array],
+        forms: list[tuple[int, int]],
+        y: Array,
+        q: Array,
+    ):
+        self.y, self.q, self.forms = y, q, forms
+        self.values, self.keys = jnp.stack(values), jnp.stack(keys)
+        self.both = jnp.stack([values[i] * keys[j] for i, j in forms])
+        of_y = _products(jnp.swapaxes(self.values, 1, 2), y)
+        of_q = _products(jnp.swapaxes(self.keys, 1, 2), q)
+        self.quadratic = [_parts(of_y[i] * of_q[j]) for i, j in forms]
+
+    def traces(self, y: Array, q: Array) -> tuple[Array, Array]:
+        """Even and odd parts with the second input's outputs, `(forms, C, D)`."""
+        y_parts, q_parts, right_q = _parts(self.y), _parts(self.q), _parts(q)
+        of_y, of_q, of_both = (
+            _products(self.values, y),
+            _products(self.keys, q),
+            _products(self.both, q),
+        )
+        by_values = [_pairings(y_parts, _parts(product)) for product in of_y]
+        by_keys = [_pairings(q_parts, _parts(product)) for product in of_q]
+        even, odd = [], []
+        for form, (i, j) in enumerate(self.forms):
+            linear = _parts(of_both[form] - of_q[j] * of_y[i])
+            quadratic = self.quadratic[form]
+            v, k = by_values[i], by_keys[j]
+            sums = [
+                jnp.sum(_pairing(q_parts[s], linear[s]) - _pairing(quadratic[s], right_q[s]), -1)
+                for s in (0, 1)
+            ]
+            products = (
+                v[0][0] * k[0][0] + v[0][1] * k[0][1] + v[1][0] * k[1][0] + v[1][1] * k[1][1],
+                v[0][0] * k[1][1] + v[1][1] * k[0][0] + v[0][1] * k[1][0] + v[1][0] * k[0][1],
+            )
+            both, differing = (
+                (total + jnp.sum(product, -1)) / y.shape[-1]
+                for total, product in zip(sums, products, strict=True)
+            )
+            even.append(both)
+            odd.append(differing)
+        return jnp.stack(even), jnp.stack(odd)
+
+
+def _products(matrices: Array, outputs: Array) -> Array:
+    """`(k, S, S)` with `(S, C, 2, n)`: `(k, S, C, 2, n)`."""
+    k, size, _ = matrices.shape
+    product = matmul(matrices.reshape(k * size, size), outputs.reshape(size, -1))
+    return product.reshape(k, *outputs.shape)
+
+
+def _parts(outputs: Array) -> tuple[Array, Array]:
+    """Even and odd part of `(S, C, 2, n)`, the values at points and their negatives."""
+    plus, minus = outputs[:, :, 0], outputs[:, :, 1]
+    return (plus + minus) / 2, (plus - minus) / 2
+
+
+def _pairing(left: Array, right: Array) -> Array:
+    """Sum over positions of `(S, C, n)` with `(S, D, n)`: `(C, D, n)`."""
+    if left.shape[1] == right.shape[1] == 1:
+        # A sum in one loop with what makes the factors; a product of matrices would store them.
+        return jnp.sum(left * right, 0)[None]
+    return _einsum("pcn,pdn->cdn", left, right)
+
+
+def _pairings(
+    left: tuple[Array, Array], right: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    first, second = (tuple(_pairing(x, y) for y in right) for x in left)
+    return first, second  # type: ignore[return-value]
+
+
+@jax.custom_jvp
+def psd_root(matrix: Array, noise: Array) -> tuple[Array, Array]:
+    """`R` with `R R^T = matrix`, and its pseudo-inverse; eigenvalues up to `noise` count as 0.
+
+    Never NaN, for matrices that are positive semi-definite up to rounding. A root by Cholesky's
+    method would need a ridge that is larger than what it must not hide.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    # Largest first: the first dimensions of quasi-random points are the best ones.
+    values, vectors = values[::-1], vectors[:, ::-1]
+    kept = values > noise
+    scale = jnp.sqrt(jnp.where(kept, values, 1))
+    return jnp.where(kept, vectors * scale, 0), jnp.where(kept, vectors / scale, 0).T
+
+
+@psd_root.defjvp
+def _psd_root_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    # Of all roots of a matrix that moves, the one that moves as dR = dM R^-T / 2 (as good as any
+    # for what is sampled with it): the derivative of eigenvectors is infinite where eigenvalues
+    # meet.
+    root, inverse = psd_root(*primals)
+    change = (tangents[0] + tangents[0].T) / 2
+    root_change = matmul(change, inverse.T) / 2
+    return (root, inverse), (root_change, -matmul(matmul(inverse, root_change), inverse))
+
+
+def _points(n_points: int, dimension: int, dtype: jnp.dtype, seed: int) -> Array:
+    """`(dimension, n_points)`; components and pairs have seeds of their own: with one for both, an
+    error of 1e-3 is left that more points don't remove."""
+    return _normal_points(n_points, dimension, dtype, seed).T
+
+
+matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
