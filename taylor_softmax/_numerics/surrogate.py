@@ -78,8 +78,8 @@ class Surrogate(abc.ABC):
         """`f(z)` over a number of each row's along `axis` that keeps it and its sum finite."""
 
     @abc.abstractmethod
-    def _relative_slopes(self, z: Array) -> tuple[Array, Array, Array]:
-        """`f`, `f'` and `f''` over such a number, along the last axis."""
+    def _relative_slopes(self, z: Array, axis: int) -> tuple[Array, Array, Array]:
+        """`f`, `f'` and `f''` over such a number."""
 
     def softmax(
         self, z: Array, *, axis: int | tuple[int, ...] = -1, where: Array | None = None
@@ -102,15 +102,16 @@ class Surrogate(abc.ABC):
         total = jnp.sum(values, axis=axis, keepdims=True)
         return values / jnp.where(total > 0, total, 1)
 
-    def ratios(self, z: Array, present: Array) -> tuple[Array, Array, Array]:
-        """`f(z_i)`, `f'(z_i)` and `f''(z_i)` over `sum_j f(z_j)`, along the last axis.
+    def ratios(self, z: Array, present: Array, *, axis: int = -1) -> tuple[Array, Array, Array]:
+        """`f(z_i)`, `f'(z_i)` and `f''(z_i)` over `sum_j f(z_j)`, along `axis`.
 
         Args:
-          z: `(..., S)`.
-          present: 1 or 0, `(S,)`: the positions that there are; the others are 0.
+          z: the logits.
+          present: 1 or 0, broadcasts with `z`: the positions that there are; the others are 0.
         """
-        each = self._relative_slopes(jnp.where(present > 0, z, jnp.min(z, -1, keepdims=True)))
-        total = jnp.sum(present * each[0], -1, keepdims=True)
+        lowest = jnp.min(z, axis, keepdims=True)
+        each = self._relative_slopes(jnp.where(present > 0, z, lowest), axis)
+        total = jnp.sum(present * each[0], axis, keepdims=True)
         total = jnp.where(total > 0, total, 1)
         value, slope, curvature = (present * x / total for x in each)
         return value, slope, curvature
@@ -147,8 +148,8 @@ class Exponential(Surrogate):
     def _relative(self, z: Array, axis: int | tuple[int, ...]) -> Array:
         return jnp.exp(z - lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)))
 
-    def _relative_slopes(self, z: Array) -> tuple[Array, Array, Array]:
-        value = self._relative(z, -1)
+    def _relative_slopes(self, z: Array, axis: int) -> tuple[Array, Array, Array]:
+        value = self._relative(z, axis)
         return value, value, value
 
 
@@ -190,8 +191,8 @@ class TaylorPolynomial(Surrogate):
         largest = jnp.max(jnp.abs(z), axis=axis, keepdims=True, initial=0.0)
         return self._scaled(z, self._scale(largest))
 
-    def _relative_slopes(self, z: Array) -> tuple[Array, Array, Array]:
-        scale = self._scale(jnp.max(jnp.abs(z), axis=-1, keepdims=True))
+    def _relative_slopes(self, z: Array, axis: int) -> tuple[Array, Array, Array]:
+        scale = self._scale(jnp.max(jnp.abs(z), axis=axis, keepdims=True))
         ones = jnp.ones_like(z)
 
         def value_and_slope(z: Array) -> tuple[Array, Array]:

@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from taylor_softmax._numerics.precision import einsum
+from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis import trace
-
-# Points per pair of inputs, beside their negatives.
-DEFAULT_POINTS = 1 << 10
+from taylor_softmax.methods import Method, QuasiMonteCarlo, choose
 
 # Scales of queries at which `G` is sampled where they differ, and the ratio of variances below
 # which they don't: normalised inputs in float32 differ by 1e-6.
@@ -55,14 +55,24 @@ class Mechanism:
     """How queries attend.
 
     Attributes:
-      order: of the Taylor softmax, None for softmax.
+      surrogate: what the softmax normalises.
       causal: each query to the keys up to its own position only.
-      n_points: per pair of inputs.
+      method: how the terms are evaluated.
     """
 
-    order: int | None
+    surrogate: Surrogate
     causal: bool
-    n_points: int
+    method: Method
+
+
+def methods(surrogate: Surrogate) -> tuple[Method, ...]:
+    """The methods that apply, the default one first."""
+    return (QuasiMonteCarlo(n_points=1 << 10),)
+
+
+def check_method(method: Method | None, surrogate: Surrogate) -> Method:
+    """`method`, or the default if it is None, or which ones apply."""
+    return choose(method, *methods(surrogate), axis=f"attention with {surrogate}")
 
 
 class Inputs(NamedTuple):
@@ -233,12 +243,12 @@ def _evaluate(
 
 def _prepare(one: Inputs, *, mechanism: Mechanism, classify: _Classify) -> _Prepared:
     present = one.present
-    keys = _masked(one.keys, present, present, centre=mechanism.order is None)
+    keys = _masked(one.keys, present, present, centre=mechanism.surrogate.is_shift_invariant)
     variance = jnp.trace(keys) / jnp.maximum(jnp.sum(present), 1)
     classes = classify(one.variances, variance, present)
     # Rounding errors are those of the covariance before anything common is taken off.
     noise = 4 * jnp.finfo(keys.dtype).eps * jnp.sum(jnp.diagonal(one.keys) * present)
-    logits = trace.prepare(keys, noise, classes.scales, classes.allowed, mechanism.order)
+    logits = trace.prepare(keys, noise, classes.scales, classes.allowed, mechanism.surrogate)
     return _Prepared(_safe_sqrt(one.variances), classes.weights, present, logits)
 
 
@@ -252,14 +262,14 @@ def _map_pairs(prepared: _Prepared, request: Request, mechanism: Mechanism) -> T
     step = None
     if jax.default_backend() != "cpu":
         size, n_classes = prepared.weights.shape[1:]
-        step = max(1, _CHUNK // (mechanism.n_points * size * n_classes**2))
+        step = max(1, _CHUNK // (mechanism.method.n_points * size * n_classes**2))
     pairs = jnp.asarray(request.first), jnp.asarray(request.second), request.cross
     return lax.map(jax.checkpoint(pair), pairs, batch_size=step)
 
 
 def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) -> Terms:
     masked = functools.partial(_masked, first=one.present, second=two.present)
-    centre = mechanism.order is None
+    centre = mechanism.surrogate.is_shift_invariant
     values = [cross.keys if cross.values is None else cross.values]
     keys = [cross.keys]
     forms = [(0, 0)]
@@ -273,15 +283,22 @@ def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) ->
     # A shift common to all values drops out of `G` whatever the softmax: 1^T J = 0.
     shifted = [masked(x, centre=True) for x in values]
     coefficients = trace.coefficients(
-        one.logits, two.logits, keys[0], shifted, keys, forms, mechanism.order, mechanism.n_points
+        one.logits,
+        two.logits,
+        keys[0],
+        shifted,
+        keys,
+        forms,
+        mechanism.surrogate,
+        mechanism.method.n_points,
     )
-    coefficients = _einsum("ai,fkij,bj->fkab", one.weights, coefficients, two.weights)
+    coefficients = einsum("ai,fkij,bj->fkab", one.weights, coefficients, two.weights)
     correlation = jnp.clip(cross.queries / (one.scales[:, None] * two.scales), -1, 1)
     mean1, mean2 = one.weights @ one.logits.mean, two.weights @ two.logits.mean
 
     def value(form: int, of: Array) -> Array:
         """`F`, integrated from correlation 0 on."""
-        constant = _einsum("ap,pq,bq->ab", mean1, masked(of, centre=False), mean2)
+        constant = einsum("ap,pq,bq->ab", mean1, masked(of, centre=False), mean2)
         divided = coefficients[form] / np.arange(1, coefficients.shape[1] + 1)[:, None, None]
         return constant + cross.queries * _polynomial(divided, correlation)
 
@@ -306,6 +323,3 @@ def _masked(cov: Array, first: Array, second: Array, *, centre: bool) -> Array:
         cov = cov - jnp.sum(cov, 0) / jnp.maximum(jnp.sum(first), 1) * first[:, None]
         cov = cov - (jnp.sum(cov, 1) / jnp.maximum(jnp.sum(second), 1))[:, None] * second
     return cov
-
-
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

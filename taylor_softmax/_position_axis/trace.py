@@ -14,7 +14,6 @@ values at `_NODES`. At `r = 0` it is known, `tr(V^T B C B'^T)` with `B = E[J]`, 
 means of `J` miss of `B` is taken off.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from taylor_softmax._numerics import surrogate as _surrogate
+from taylor_softmax._numerics.precision import einsum, matmul
+from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis.moments import _normal_points
 
 # Points, beside their negatives, for the mean and mean Jacobian of one input.
@@ -57,14 +57,14 @@ class Logits(NamedTuple):
 
 
 def prepare(
-    covariance: Array, noise: Array, scales: Array, allowed: Array, order: int | None
+    covariance: Array, noise: Array, scales: Array, allowed: Array, surrogate: Surrogate
 ) -> Logits:
     """The logits of one input with `covariance` right to rounding errors of size `noise`."""
     root, inverse = psd_root(covariance, noise)
     z = matmul(root, _points(_COMPONENT_POINTS, len(root), covariance.dtype, seed=1))
 
     def components(of: tuple[Array, Array]) -> tuple[Array, Array]:
-        y, q = _outputs(z, of[0][None], of[1][None], order)
+        y, q = _outputs(z, of[0][None], of[1][None], surrogate)
         return jnp.mean(y[:, 0], (1, 2)), _mean_jacobian(y, q)[0]
 
     mean, slope = lax.map(components, (scales, allowed))
@@ -78,7 +78,8 @@ def coefficients(
     values: list[Array],
     keys: list[Array],
     forms: list[tuple[int, int]],
-    order: int | None,
+    *,
+    surrogate: Surrogate,
     n_points: int,
 ) -> Array:
     """Coefficients of `r^0, r^1, ...` in `G(values[i]; keys[j])` for each of the `forms` `(i, j)`.
@@ -92,13 +93,13 @@ def coefficients(
       `(forms, powers, C, D)`.
     """
     u, v, independent = _correlated_points(one, two, cross, n_points)
-    left = _Left(values, keys, forms, *_outputs(u, one.scales, one.allowed, order))
+    left = _Left(values, keys, forms, *_outputs(u, one.scales, one.allowed, surrogate))
     known = jnp.stack([_form(one.slope, values[i], keys[j], two.slope) for i, j in forms])
     missed = one.slope - _mean_jacobian(left.y, left.q)
     even, odd = [], []
     for r in _NODES:
         z = r * v + np.sqrt(1 - r * r) * independent
-        y, q = _outputs(z, two.scales, two.allowed, order)
+        y, q = _outputs(z, two.scales, two.allowed, surrogate)
         jacobian = _mean_jacobian(y, q)
         corrections = [
             _form(missed, values[i], keys[j], two.slope)
@@ -126,7 +127,7 @@ def _form(first: Array, values: Array, keys: Array, second: Array) -> Array:
     """`tr(V^T P C P'^T)` for matrices `P`, `(C, S, S)`, and `P'`, `(D, S, S)`."""
     left = matmul(first, keys)
     right = matmul(values, second)
-    return _einsum("ipl,jpl->ij", left, right)
+    return einsum("ipl,jpl->ij", left, right)
 
 
 def _correlated_points(
@@ -142,17 +143,13 @@ def _correlated_points(
     return matmul(one.root, first), v, matmul(two.root, third)
 
 
-def _outputs(z: Array, scales: Array, allowed: Array, order: int | None) -> tuple[Array, Array]:
+def _outputs(z: Array, scales: Array, allowed: Array, surrogate: Surrogate) -> tuple[Array, Array]:
     """`y` and `q` of the classes at the points `z`, `(S, n)`, and at `-z`: `(S, C, 2, n)`."""
+    # Positions, along which everything is summed, are the first axis: points are next to each
+    # other in memory.
     signed = scales[:, None, None] * jnp.stack([z, -z], 1)[:, None]
-
-    def of_class(z: Array, allowed: Array) -> tuple[Array, Array]:
-        value, slope, _ = _surrogate.ratios(z, allowed, order=order)
-        return value, slope
-
-    # Positions stay the first axis, along which everything is summed: points next to each other.
-    over_points = jax.vmap(jax.vmap(of_class, (-1, None), -1), (-1, None), -1)
-    return jax.vmap(over_points, (1, 0), 1)(signed, allowed)
+    value, slope, _ = surrogate.ratios(signed, allowed.T[:, :, None, None], axis=0)
+    return value, slope
 
 
 def _mean_jacobian(y: Array, q: Array) -> Array:
@@ -233,7 +230,7 @@ def _pairing(left: Array, right: Array) -> Array:
     if left.shape[1] == right.shape[1] == 1:
         # A sum in one loop with what makes the factors; a product of matrices would store them.
         return jnp.sum(left * right, 0)[None]
-    return _einsum("pcn,pdn->cdn", left, right)
+    return einsum("pcn,pdn->cdn", left, right)
 
 
 def _pairings(
@@ -275,7 +272,3 @@ def _points(n_points: int, dimension: int, dtype: jnp.dtype, seed: int) -> Array
     """`(dimension, n_points)`; components and pairs have seeds of their own: with one for both, an
     error of 1e-3 is left that more points don't remove."""
     return _normal_points(n_points, dimension, dtype, seed).T
-
-
-matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
