@@ -145,6 +145,7 @@ def assemble(terms: Terms, cross: Cross) -> tuple[Array, Array | None]:
     return terms.value, weights + inputs
 
 
+@functools.partial(jax.jit, static_argnames="mechanism")
 def evaluate(inputs: Inputs, requests: Sequence[Request], mechanism: Mechanism) -> list[Terms]:
     """The terms of each request, of softmax attention."""
     requests = list(requests)
@@ -289,8 +290,8 @@ def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) ->
         shifted,
         keys,
         forms,
-        mechanism.surrogate,
-        mechanism.method.n_points,
+        surrogate=mechanism.surrogate,
+        n_points=mechanism.method.n_points,
     )
     coefficients = einsum("ai,fkij,bj->fkab", one.weights, coefficients, two.weights)
     correlation = jnp.clip(cross.queries / (one.scales[:, None] * two.scales), -1, 1)

@@ -28,6 +28,9 @@ from taylor_softmax._position_axis.moments import _normal_points
 # Points, beside their negatives, for the mean and mean Jacobian of one input.
 _COMPONENT_POINTS = 1 << 14
 
+# Of which so many at once: what they need fits a processor's cache.
+_AT_ONCE = 1 << 11
+
 # Correlations at which `G` is sampled.
 _NODES = (1.0, 0.6)
 
@@ -61,11 +64,18 @@ def prepare(
 ) -> Logits:
     """The logits of one input with `covariance` right to rounding errors of size `noise`."""
     root, inverse = psd_root(covariance, noise)
-    z = matmul(root, _points(_COMPONENT_POINTS, len(root), covariance.dtype, seed=1))
+    points = _points(_COMPONENT_POINTS, len(root), covariance.dtype, seed=1)
+    chunks = jnp.moveaxis(points.reshape(len(points), -1, _AT_ONCE), 1, 0)
 
     def components(of: tuple[Array, Array]) -> tuple[Array, Array]:
-        y, q = _outputs(z, of[0][None], of[1][None], surrogate)
-        return jnp.mean(y[:, 0], (1, 2)), _mean_jacobian(y, q)[0]
+        def add(total: tuple[Array, Array], points: Array) -> tuple[tuple[Array, Array], None]:
+            y, q = _outputs(matmul(root, points), of[0][None], of[1][None], surrogate)
+            mean, slope = total
+            return (mean + jnp.mean(y[:, 0], (1, 2)), slope + _mean_jacobian(y, q)[0]), None
+
+        zeros = jnp.zeros_like(of[1]), jnp.zeros_like(covariance)
+        (mean, slope), _ = lax.scan(add, zeros, chunks)
+        return mean / len(chunks), slope / len(chunks)
 
     mean, slope = lax.map(components, (scales, allowed))
     return Logits(covariance, root, inverse, noise, scales, allowed, mean, slope)
@@ -94,11 +104,12 @@ def coefficients(
     """
     u, v, independent = _correlated_points(one, two, cross, n_points)
     left = _Left(values, keys, forms, *_outputs(u, one.scales, one.allowed, surrogate))
-    known = jnp.stack([_form(one.slope, values[i], keys[j], two.slope) for i, j in forms])
+    known = [_form(one.slope, values[i], keys[j], two.slope) for i, j in forms]
     missed = one.slope - _mean_jacobian(left.y, left.q)
-    even, odd = [], []
-    for r in _NODES:
-        z = r * v + np.sqrt(1 - r * r) * independent
+
+    def at(r: Array) -> tuple[Array, Array]:
+        """Even part less its known value, and odd part."""
+        z = r * v + jnp.sqrt(1 - r * r) * independent
         y, q = _outputs(z, two.scales, two.allowed, surrogate)
         jacobian = _mean_jacobian(y, q)
         corrections = [
@@ -106,16 +117,18 @@ def coefficients(
             - _form(one.slope, values[i], keys[j], jacobian)
             for i, j in forms
         ]
-        both, differing = left.traces(y, q)
-        even.append(both + jnp.stack(corrections))
-        odd.append(differing)
-    # Even part less its known value: r^2, r^4, ...; odd part: r, r^3, ...
-    of_even, of_odd = (_fit(np.asarray(_NODES), first) for first in (2, 1))
-    powers = [known]
-    for k in range(len(_NODES)):
-        powers.append(sum(w * x for w, x in zip(of_odd[k], odd, strict=True)))
-        powers.append(sum(w * x for w, x in zip(of_even[k], even, strict=True)))
-    return jnp.stack(powers, 1)
+        even, odd = left.traces(y, q)
+        return even + jnp.stack(corrections), odd
+
+    nodes = np.asarray(_NODES)
+    even, odd = lax.map(at, jnp.asarray(nodes, cross.dtype))
+    # Of r^2, r^4, ... and of r, r^3, ...
+    even, odd = (
+        einsum("kr,rfij->kfij", jnp.asarray(_fit(nodes, first), cross.dtype), values)
+        for first, values in ((2, even), (1, odd))
+    )
+    alternating = jnp.stack([odd, even], 1).reshape(-1, *odd.shape[1:])
+    return jnp.moveaxis(jnp.concatenate([jnp.stack(known)[None], alternating]), 0, 1)
 
 
 def _fit(r: np.ndarray, first: int) -> np.ndarray:
