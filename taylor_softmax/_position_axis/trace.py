@@ -14,6 +14,7 @@ values at `_NODES`. At `r = 0` it is known, `tr(V^T B C B'^T)` with `B = E[J]`, 
 means of `J` miss of `B` is taken off.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -107,9 +108,9 @@ def coefficients(
     known = [_form(one.slope, values[i], keys[j], two.slope) for i, j in forms]
     missed = one.slope - _mean_jacobian(left.y, left.q)
 
-    def at(r: Array) -> tuple[Array, Array]:
+    def at(r: float) -> tuple[Array, Array]:
         """Even part less its known value, and odd part."""
-        z = r * v + jnp.sqrt(1 - r * r) * independent
+        z = r * v + math.sqrt(1 - r * r) * independent
         y, q = _outputs(z, two.scales, two.allowed, surrogate)
         jacobian = _mean_jacobian(y, q)
         corrections = [
@@ -120,19 +121,20 @@ def coefficients(
         even, odd = left.traces(y, q)
         return even + jnp.stack(corrections), odd
 
-    nodes = np.asarray(_NODES)
-    even, odd = lax.map(at, jnp.asarray(nodes, cross.dtype))
+    # Not a loop of the graph, in which a processor takes 3 to 6 times as long.
+    even, odd = (jnp.stack(each) for each in zip(*map(at, _NODES), strict=True))
     # Of r^2, r^4, ... and of r, r^3, ...
     even, odd = (
-        einsum("kr,rfij->kfij", jnp.asarray(_fit(nodes, first), cross.dtype), values)
+        einsum("kr,rfij->kfij", jnp.asarray(_fit(first), cross.dtype), values)
         for first, values in ((2, even), (1, odd))
     )
     alternating = jnp.stack([odd, even], 1).reshape(-1, *odd.shape[1:])
     return jnp.moveaxis(jnp.concatenate([jnp.stack(known)[None], alternating]), 0, 1)
 
 
-def _fit(r: np.ndarray, first: int) -> np.ndarray:
-    """Takes values at `r` to coefficients of `r^first, r^(first + 2), ...`: floats."""
+def _fit(first: int) -> np.ndarray:
+    """Takes values at the nodes to coefficients of `r^first`, `r^(first + 2)`, ..."""
+    r = np.asarray(_NODES)
     return np.linalg.inv(r[:, None] ** (first + 2 * np.arange(len(r))))
 
 
