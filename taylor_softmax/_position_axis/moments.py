@@ -429,15 +429,15 @@ def _cholesky(matrix: Array, covariance: Array) -> Array:
     return jnp.linalg.cholesky(matrix + ridge * jnp.eye(size, dtype=matrix.dtype))
 
 
-def _normal_points(n_points: int, dimension: int, dtype: Any, seed: int = 0) -> Array:
+def _normal_points(n_points: int, dimension: int, dtype: Any) -> Array:
     """Quasi-random points of the standard normal distribution; always the same."""
-    return jnp.asarray(_sobol_points(n_points, dimension, seed), dtype)
+    return jnp.asarray(_sobol_points(n_points, dimension), dtype)
 
 
 @functools.cache
-def _sobol_points(n_points: int, dimension: int, seed: int) -> np.ndarray:
+def _sobol_points(n_points: int, dimension: int) -> np.ndarray:
     """Scrambled Sobol points, mapped to the standard normal distribution."""
-    sampler = scipy.stats.qmc.Sobol(dimension, scramble=True, seed=seed)  # pyright: ignore[reportCallIssue]
+    sampler = scipy.stats.qmc.Sobol(dimension, scramble=True, seed=0)  # pyright: ignore[reportCallIssue]
     # A power of two is what balances the points.
     uniform = sampler.random_base2(max(0, (n_points - 1).bit_length()))[:n_points]
     # Scrambling can give 0 exactly.
