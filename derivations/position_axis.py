@@ -15,7 +15,7 @@ from typing import Any
 import sympy as sp
 
 from derivations.emit import Function, Module
-from derivations.gaussian import COV12, VAR1, VAR2, T, U, V, expectation, taylor_polynomial
+from derivations.gaussian import COV12, VAR1, T, U, V, expectation, taylor_polynomial
 from derivations.probabilities import MEAN, VARIANCE, log_transform
 
 RATE, MOVED, MOVED1, MOVED2 = sp.symbols("rate moved moved1 moved2", real=True)
@@ -51,26 +51,32 @@ def observation() -> Function:
     )
 
 
-def second_moment() -> Function:
-    """`E[f_2(u) f_2(v)]` as a product of means and a covariance."""
+def second_moment() -> tuple[Function, Function]:
+    """`E[f_2(u) f_2(v)]` as a product of means, of rank one over positions, and a covariance."""
     at = {U: MOVED1 - 1 + U, V: MOVED2 - 1 + V}
     value_u, value_v = (taylor_polynomial(z, 2).subs(at) for z in (U, V))
     mean_u, mean_v = (expectation(value) for value in (value_u, value_v))
     covariance: Any = factored(expectation(value_u * value_v) - sp.expand(mean_u * mean_v))
-    return Function(
-        name="second_moment_order_2",
-        summary="Second moment of two tilted logits of means `moved - 1`.",
-        arguments=(MOVED1, VAR1, COV12, MOVED2, VAR2),
+    mean = Function(
+        name="mean_order_2",
+        summary="Mean of a tilted logit's `f`, `z ~ N(moved - 1, variance)`.",
+        arguments=(MOVED, VARIANCE),
         definitions=(),
-        outputs=(
-            ("second_moment", "E[f(u) f(v)]", factored(mean_u) * factored(mean_v) + covariance),
-        ),
+        outputs=(("mean", "E[f(z)]", factored(mean_u.subs({MOVED1: MOVED, VAR1: VARIANCE}))),),
     )
+    between = Function(
+        name="covariance_order_2",
+        summary="Covariance of the `f` of two tilted logits of means `moved - 1`.",
+        arguments=(MOVED1, COV12, MOVED2),
+        definitions=(),
+        outputs=(("covariance", "E[f(u) f(v)] - E[f(u)] E[f(v)]", covariance),),
+    )
+    return mean, between
 
 
 def module() -> Module:
     return Module(
         name="position_axis",
         source="derivations/position_axis.py",
-        functions=(observation(), second_moment()),
+        functions=(observation(), *second_moment()),
     )

@@ -35,18 +35,18 @@ class Interpolate(Method):
 
 @dataclasses.dataclass(frozen=True)
 class QuasiMonteCarlo(Method):
-    """Quasi-random points for what a series of low degree leaves.
+    """Quasi-random points for what is not known of the derivative in the correlation.
 
     The points are the same at every call, so that results are reproducible and differentiable.
 
     Attributes:
-      n_points: per pair of inputs; a power of two balances them best.
+      n_points: per pair of inputs, beside their negatives; a power of two balances them best.
 
     Raises:
       TypeError, ValueError: `n_points` is not a positive integer.
     """
 
-    n_points: Validated[int] = 1 << 13
+    n_points: Validated[int] = 1 << 12
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_points", check_integer("n_points", self.n_points, least=1))

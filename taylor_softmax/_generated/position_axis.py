@@ -19,16 +19,21 @@ def observation_order_2(moved: Array, variance: Array, rate: Array) -> tuple[Arr
     return gain, shift, log_phi
 
 
-def second_moment_order_2(
-    moved1: Array, var1: Array, cov12: Array, moved2: Array, var2: Array
-) -> Array:
-    """Second moment of two tilted logits of means `moved - 1`.
+def mean_order_2(moved: Array, variance: Array) -> Array:
+    """Mean of a tilted logit's `f`, `z ~ N(moved - 1, variance)`.
 
-    14 operations. Returns, in this order:
-      second_moment: `E[f(u) f(v)]`.
+    4 operations. Returns, in this order:
+      mean: `E[f(z)]`.
     """
-    second_moment = (
-        (1/2)*cov12*(cov12 + 2*moved1*moved2) + (1/4)*(moved1 ** 2 + var1 + 1)*(moved2 ** 2 + var2 +
-        1)
-    )
-    return second_moment
+    mean = (1/2)*(moved ** 2 + variance + 1)
+    return mean
+
+
+def covariance_order_2(moved1: Array, cov12: Array, moved2: Array) -> Array:
+    """Covariance of the `f` of two tilted logits of means `moved - 1`.
+
+    5 operations. Returns, in this order:
+      covariance: `E[f(u) f(v)] - E[f(u)] E[f(v)]`.
+    """
+    covariance = (1/2)*cov12*(cov12 + 2*moved1*moved2)
+    return covariance

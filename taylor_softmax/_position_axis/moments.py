@@ -5,96 +5,68 @@ one channel. Wanted is the `(S, S)` matrix `E[y(u) y(v)^T]` of `y(z)_p = f(z_p) 
 and for the NTK its derivative in `K12` along the incoming NTK `Theta`, by Price's theorem
 `E[J(u) Theta J(v)^T]` with `J` the Jacobian of `y`.
 
-Order 2. With `1 / D = int exp(-t D) dt` for both normalisers, `lambda = (t, ..., t, s, ..., s)` and
-`Lambda = diag(lambda)`, the factor `exp(-t D_u - s D_v)` is Gaussian. Under it the logits have
-covariance `C = (Id + Sigma Lambda)^-1 Sigma` and mean `m = -C lambda`, and
+At order 2 both are double integrals of elementary functions, see `closed_form`. Otherwise, with
+`v_r` of cross-covariance `r K12` with `u`,
 
-    log phi = -1^T lambda + lambda^T C lambda / 2 - log det(Id + Sigma Lambda) / 2,
-    E[y_p(u) y_q(v)] = int int phi (A_p A_q + C_pq (C_pq / 2 + (1 + m_p) (1 + m_q))) dt ds,
-    A_p = E_C[f_2(u_p)] = ((1 + m_p)^2 + C_pp + 1) / 2.
+    E[y(u) y(v)^T] = m m'^T + int_0^1 G(r; K12) dr,    G(r; X) = E[J(u) X J(v_r)^T],
 
-Every term is finite at singular covariances, of which no inverse is taken.
+and the NTK is `G(1; Theta)`: two numbers from one mechanism. What is sampled is as small as what it
+is integrated to, blind to constants in `X`, and the sums over rows and columns are those of `m` and
+`m'` whatever the points are. Points and their negatives at both inputs give `G` at `r` and `-r`,
+and so its even and odd part. With `m = E[y]`, `B = E[J]` and `T = E[D^2 y]`, computed once an input
+(see `components`),
 
-Other orders and softmax have no closed integrand. Mehler's formula in `S` dimensions,
+    even: B K12 B'^T + O(r^2),    odd: r <T, K12 (x) K12, T'> + O(r^3),
 
-    E[y(u) y(v)^T] = sum_k (1/k!) < E[D^k y(u)], K12^(x)k, E[D^k y(v)] >,
-
-separates the inputs; degrees 0 to 2 are summed, from coefficients that are computed once an input,
-and the product of what is left of `y(u)` and `y(v)` is estimated pair by pair by quasi-Monte Carlo.
+so that a single `r` is enough for the rest, as in Gauss's rule: what stands beyond has the powers
+`r^2`, `r^4` and `r^3`, `r^5`, and with `r = 0.8` and the weights of `r^2` and `r^3` those of `r^4`
+and `r^5` are 7 % and 4 % off. Control variate is what the sample means of `J` miss of `B`.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
-import scipy.stats.qmc
 from jax import Array, lax
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
-from taylor_softmax._generated.position_axis import observation_order_2, second_moment_order_2
-from taylor_softmax._numerics import quadrature
 from taylor_softmax._numerics.arguments import Validated, broadcast_covariances
-from taylor_softmax._numerics.precision import einsum, log_tiny, matmul
+from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Surrogate, parse
+from taylor_softmax._position_axis import closed_form, sampling
+from taylor_softmax._position_axis.components import Components, components
 from taylor_softmax.methods import Direct, Method, QuasiMonteCarlo, Series, choose
 
-# Nodes of the outer rule in each of t and s, order 2.
-_OUTER_NODES = 24
+# Values of r at which the derivative is sampled, where the coefficient of degree 1 in r is known
+# and where it is not.
+_NODES = (0.8,)
+_NODES_WITHOUT_CURVATURE = (0.9, 0.5)
 
-# Points, beside their negatives, for the components of one input. Their error enters at first
-# order, as the mean of one side times the error of the other's: with a quarter of these points it
-# is 3e-3 of the largest entry (16 positions, variance 1), at any number of points per pair.
-_COMPONENT_POINTS = 1 << 14
+# Up to so many positions that coefficient is computed: S^3 numbers an input, S^4 operations a pair.
+_LARGEST_CURVATURE = 64
 
-# Numbers in the largest array of a step: they bound the memory, at any number of pairs.
-_CHUNK = 1 << 21
-
-
-class Components(NamedTuple):
-    """Hermite components of `y` for the logits of one input, up to degree 2.
-
-    Attributes:
-      mean: `E[y]`, `(S,)`.
-      slope: `E[D y]`, `(S, S)`.
-      curvature: `E[D^2 y]`, `(S, S, S)`.
-    """
-
-    mean: Array
-    slope: Array
-    curvature: Array
-
-
-class Input(NamedTuple):
-    """What a pair needs of one of its inputs.
-
-    Attributes:
-      covariance: of the logits, `(S, S)`.
-      present: 1 where there is a position, 0 where it is padding, `(S,)`.
-      expansion: None at order 2.
-    """
-
-    covariance: Array
-    present: Array
-    expansion: "Expansion | None"
+# Numbers in the largest array of a step, on accelerators: they bound the memory, at any number of
+# pairs. On a CPU one pair after the other is fastest, its arrays being in the cache.
+_CHUNK = 1 << 24
 
 
 class Expansion(NamedTuple):
-    """The outputs of one input as a polynomial and a residual.
+    """What a pair needs of one of its inputs, where points are used.
 
     Attributes:
-      components: the polynomial.
-      root: Cholesky factor of the covariance, `(S, S)`.
-      residual: of the outputs at the points that `root` makes of the first half of the normal ones,
-        `(n_points, S)`: the same for every pair in which the input is the first. None without
-        points.
+      present: 1 where there is a position, 0 where it is padding, `(S,)`.
+      root: of the covariance of its logits.
+      components: of its outputs.
     """
 
+    present: Float[Array, "*n S"]
+    root: sampling.Root
     components: Components
-    root: Array
-    residual: Array | None
+
+
+Input = closed_form.Logits | Expansion
 
 
 def joint_second_moment(
@@ -109,9 +81,9 @@ def joint_second_moment(
 
     For `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` and `y(z)_p = f(z_p) / sum_q f(z_q)` over `S`
     positions. At order 2 the integrand of the remaining double integral is elementary. For other
-    orders and softmax the components of degree 0 to 2 of Mehler's formula are exact to the error of
-    their coefficients, and the rest is estimated with quasi-random points, the same at every
-    call: see the module `taylor_softmax._position_axis.moments`. Covariances may be singular.
+    orders and softmax the derivative in `K12` is estimated with quasi-random points, the same at
+    every call, and integrated: see the module `taylor_softmax._position_axis.moments`.
+    Covariances may be singular, and positive semi-definite up to rounding: the result is finite.
     Differentiable in all three.
 
     Errors: `POSITIONS_CLOSED_FORM` and `POSITIONS_NNGP` in `taylor_softmax._numerics.errors`, with
@@ -156,26 +128,28 @@ def check_method(method: Any, surrogate: Surrogate) -> Method:
     return choose(method, *methods(surrogate), axis=f"{surrogate} over positions")
 
 
-def prepare(covariance: Array, present: Array, *, surrogate: Surrogate, method: Method) -> Input:
-    """The `Input` of inputs with covariances `(n, S, S)` and positions `present`, `(n, S)`."""
+def prepare(
+    covariance: Float[Array, "n S S"],
+    present: Float[Array, "n S"],
+    *,
+    surrogate: Surrogate,
+    method: Method,
+) -> Input:
+    """The `Input` of `n` inputs whose logits have a `covariance` at the positions `present`."""
+    noise = sampling.rounding(covariance * present[:, :, None] * present[:, None, :])
     covariance = _project(covariance, present, present, surrogate)
     if surrogate.has_closed_form:
-        return Input(covariance, present, None)
+        return jax.vmap(closed_form.prepare)(covariance, present)
     size = present.shape[-1]
+    with_curvature = size <= _LARGEST_CURVATURE or isinstance(method, Series)
 
-    def expand(args: tuple[Array, Array]) -> Expansion:
-        covariance, present = args
-        root = _cholesky(covariance, covariance)
-        components = _components(root, present, surrogate)
-        if not isinstance(method, QuasiMonteCarlo):
-            return Expansion(components, root, None)
-        z = matmul(_normal_points(method.n_points, 2 * size, covariance.dtype)[:, :size], root.T)
-        value, _, _ = surrogate.ratios(z, present)
-        return Expansion(components, root, value - _polynomial(z, components, covariance))
+    def expand(args: tuple[Array, Array, Array]) -> Expansion:
+        covariance, present, noise = args
+        root = sampling.psd_root(covariance, noise)
+        of = components(root.root, present, surrogate, with_curvature=with_curvature)
+        return Expansion(present, root, of)
 
-    step = max(1, _CHUNK // (2 * _COMPONENT_POINTS * size))
-    expansion = lax.map(jax.checkpoint(expand), (covariance, present), batch_size=step)
-    return Input(covariance, present, expansion)
+    return lax.map(jax.checkpoint(expand), (covariance, present, noise))
 
 
 def second_moments(
@@ -183,51 +157,50 @@ def second_moments(
     two: Input,
     first: np.ndarray,
     second: np.ndarray,
-    cov12: Array,
-    theta: Array | None,
+    cov12: Float[Array, "pairs S S"],
+    theta: Float[Array, "pairs S S"] | None,
     surrogate: Surrogate,
     method: Method,
-) -> tuple[Array, Array | None]:
+) -> tuple[Float[Array, "pairs S S"], Float[Array, "pairs S S"] | None]:
     """`E[y(u) y(v)^T]` and, unless `theta` is None, its derivative in `K12` along `theta`.
 
     Args:
       one, two: inputs, leading axes `n1` and `n2`.
       first, second: `(pairs,)`, the indices in `one` and `two` of each pair.
-      cov12, theta: `(pairs, S, S)`.
-
-    Returns:
-      Each `(pairs, S, S)`.
     """
-    size = cov12.shape[-1]
-    # Order 2 solves systems of 2S equations at every node; the others keep S^2 numbers a point.
-    if surrogate.has_closed_form:
-        per_pair = (2 * size * _OUTER_NODES) ** 2
-    else:
-        points = method.n_points if isinstance(method, QuasiMonteCarlo) else 0
-        per_pair = max(points, size) * size**2
-    step = max(1, _CHUNK // per_pair)
 
     def pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array | None]:
         i, j, cov12, theta = args
         left, right = (jax.tree.map(lambda x, i=i: x[i], of) for of, i in ((one, i), (two, j)))
-        cov12 = _project(cov12, left.present, right.present, surrogate)
+        cov12, theta = (
+            None if x is None else _project(x, left.present, right.present, surrogate)
+            for x in (cov12, theta)
+        )
         if not surrogate.has_closed_form:
-            if theta is not None:
-                theta = _project(theta, left.present, right.present, surrogate)
-            return _series_and_residual(left, right, cov12, theta, surrogate, method)
-        evaluate = functools.partial(_order_2, left, right)
+            return _estimate(left, right, cov12, theta, surrogate, method)
         if theta is None:
-            return evaluate(cov12), None
-        return jax.jvp(evaluate, (cov12,), (theta,))
+            return closed_form.second_moment(left, right, cov12), None
+        return closed_form.moment_and_slope(left, right, cov12, theta)
 
     args = jnp.asarray(first), jnp.asarray(second), cov12, theta
+    step = _pairs_at_once(cov12.shape[-1], surrogate, method)
     return lax.map(jax.checkpoint(pair), args, batch_size=step)
+
+
+def _pairs_at_once(size: int, surrogate: Surrogate, method: Method) -> int | None:
+    if jax.default_backend() == "cpu":
+        return None
+    rows = 2 * method.n_points if isinstance(method, QuasiMonteCarlo) else size**2
+    if surrogate.has_closed_form:
+        rows = size * closed_form.N_NODES
+    return max(1, _CHUNK // (size * rows))
 
 
 def _project(cov: Array, first: Array, second: Array, surrogate: Surrogate) -> Array:
     """`cov` of the positions that are present; for softmax, of their differences from the mean.
 
-    Softmax does not see a shift common to all positions, while a sample of it would be noise.
+    Softmax does not see a shift common to all positions, while a sample of it would be noise, and
+    its rounding errors may exceed the differences.
     """
     cov = cov * first[..., :, None] * second[..., None, :]
     if surrogate.is_shift_invariant:
@@ -243,202 +216,75 @@ def _project(cov: Array, first: Array, second: Array, surrogate: Surrogate) -> A
     return cov
 
 
-def _order_2(one: Input, two: Input, cov12: Array) -> Array:
-    size = cov12.shape[-1]
-    sigma = jnp.block([[one.covariance, cov12], [cov12.T, two.covariance]])
-    tau, weight = (jnp.asarray(x, sigma.dtype) for x in quadrature.half_line_rule(_OUTER_NODES))
-
-    def scale(of: Input) -> Array:
-        """`1 / E[D]`: there `t` is where the weight of the integrand is."""
-        mean = jnp.sum(of.present * (1 + jnp.diagonal(of.covariance) / 2))
-        return lax.stop_gradient(1 / jnp.maximum(mean, 0.5))
-
-    def integrand(t: Array, s: Array) -> Array:
-        # One factor exp(-rate f_2(z_k)) after the other, as a Kalman filter takes observations in:
-        # 1 + z_k = 0 with precision `rate`. No system is solved and no logarithm of a determinant
-        # cancels; a batch of matrices of a few rows compiles and runs faster so.
-        rate = jnp.concatenate([t * one.present, s * two.present])
-
-        def observe(
-            state: tuple[Array, Array, Array], k: Array
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            cov, moved, log_phi = state
-            column = cov[:, k]
-            gain, shift, factor = observation_order_2(moved[k], cov[k, k], rate[k])
-            cov = cov - gain * column[:, None] * column
-            return (cov, moved + shift * column, log_phi + factor), None
-
-        # `moved` is 1 + the mean.
-        start = (sigma, jnp.ones_like(rate), jnp.zeros_like(t))
-        (tilted, moved, log_phi), _ = lax.scan(observe, start, jnp.arange(2 * size))
-        variance = jnp.diagonal(tilted)
-        moment = second_moment_order_2(
-            moved[:size, None],
-            variance[:size, None],
-            tilted[:size, size:],
-            moved[size:],
-            variance[size:],
-        )
-        return jnp.exp(log_phi) * moment
-
-    first, second = scale(one), scale(two)
-    # f_2 >= 1/2: beyond this exp(-t D) is 0 and powers of t would overflow.
-    largest = -log_tiny(sigma.dtype)
-
-    def nodes(of: Input, scale: Array) -> tuple[Array, Array]:
-        t = tau * scale
-        alive = t * jnp.sum(of.present) / 2 < largest
-        return jnp.where(alive, t, 0), jnp.where(alive, weight * scale, 0)
-
-    (t, t_weight), (s, s_weight) = nodes(one, first), nodes(two, second)
-    values = jax.vmap(jax.vmap(integrand, (None, 0)), (0, None))(t, s)
-    moment = jnp.einsum("t,s,tspq->pq", t_weight, s_weight, values)
-    return moment * one.present[:, None] * two.present
-
-
-def _components(root: Array, present: Array, surrogate: Surrogate) -> Components:
-    half = _normal_points(_COMPONENT_POINTS, len(root), root.dtype)
-    z = matmul(jnp.concatenate([half, -half]), root.T)
-    value, slope, curvature = surrogate.ratios(z, present)
-    n = len(value)
-
-    def mean(left: Array, right: Array) -> Array:
-        return matmul(left.T, right) / n
-
-    # With p, q, r = f, f', f'' over the normaliser:
-    # D_j y_i = [i=j] q_i - p_i q_j, and once more D_k. One j at a time, for the memory's sake.
-    second = lax.map(lambda q: mean(value * q[:, None], slope), slope.T)
-    second = 2 * jnp.moveaxis(second, 0, 1)
-    each, slopes = jnp.arange(len(root)), mean(slope, slope)
-    second = second.at[each, each, :].add(-slopes).at[each, :, each].add(-slopes)
-    second = second.at[:, each, each].add(-mean(value, curvature))
-    second = second.at[each, each, each].add(jnp.mean(curvature, 0))
-    return Components(jnp.mean(value, 0), jnp.diag(jnp.mean(slope, 0)) - mean(value, slope), second)
-
-
-def _polynomial(z: Array, components: Components, covariance: Array) -> Array:
-    """The components of degree 0 to 2 at the points `z`, `(n, S)`."""
-    mean, slope, curvature = components
-    size = z.shape[-1]
-    bend = matmul(z, curvature.reshape(-1, size).T).reshape(-1, size, size)
-    excess = jnp.sum(bend * z[:, None, :], -1) - jnp.sum(curvature * covariance, (1, 2))
-    return mean + matmul(z, slope.T) + excess / 2
-
-
-def _series_and_residual(
-    one: Input,
-    two: Input,
+def _estimate(
+    one: Expansion,
+    two: Expansion,
     cov12: Array,
     theta: Array | None,
     surrogate: Surrogate,
     method: Method,
 ) -> tuple[Array, Array | None]:
-    assert one.expansion is not None
-    assert two.expansion is not None
-    left, right = one.expansion.components, two.expansion.components
+    """The second moment and its derivative of one pair, with points or by the series alone."""
+    of_one, of_two = one.components, two.components
+    uncorrelated = of_one.linear(cov12, of_two)
+    moment = of_one.mean[:, None] * of_two.mean + uncorrelated
+    if not isinstance(method, QuasiMonteCarlo):
+        moment = moment + of_one.quadratic(cov12, cov12, of_two) / 2
+        if theta is None:
+            return moment, None
+        return moment, of_one.linear(theta, of_two) + of_one.quadratic(cov12, theta, of_two)
 
-    def degree_2(a: Array, b: Array) -> Array:
-        moved = einsum("ijk,jl,km->ilm", left.curvature, a, b)
-        return einsum("ilm,nlm->in", moved, right.curvature)
-
-    moment = left.mean[:, None] * right.mean + degree_2(cov12, cov12) / 2
-    moment = moment + matmul(matmul(left.slope, cov12), right.slope.T)
-    derivative = None
-    if theta is not None:
-        derivative = matmul(matmul(left.slope, theta), right.slope.T) + degree_2(cov12, theta)
-    if one.expansion.residual is None or not isinstance(method, QuasiMonteCarlo):
-        return moment, derivative
-
-    # A root of the joint covariance, whose first block belongs to the first input alone.
-    root = one.expansion.root
-    below = jax.scipy.linalg.solve_triangular(root, cov12, lower=True)
-    rest = _cholesky(two.covariance - matmul(below.T, below), two.covariance)
-    size = len(root)
-    n_points = method.n_points
-    points = _normal_points(n_points, 2 * size, cov12.dtype)
-    z_v = matmul(points[:, :size], below) + matmul(points[:, size:], rest.T)
-    y_v, q_v, _ = surrogate.ratios(z_v, two.present)
-    residual = y_v - _polynomial(z_v, right, two.covariance)
-    moment = moment + matmul(one.expansion.residual.T, residual) / n_points
-    if theta is None or derivative is None:
-        return moment, derivative
-
-    z_u = matmul(points[:, :size], root.T)
-    y_u, q_u, _ = surrogate.ratios(z_u, one.present)
-    sides = _Side(z_u, y_u, q_u, left), _Side(z_v, y_v, q_v, right)
-    return moment, derivative + _residual_derivative(*sides, theta)
+    sampled = _Sampled(one, two, cov12, surrogate, method.n_points)
+    if of_one.curvature is None:
+        nodes, lowest = _NODES_WITHOUT_CURVATURE, 1
+    else:
+        nodes, lowest = _NODES, 3
+    even_weights, odd_weights = (sampling.integral_weights(nodes, k) for k in (2, lowest))
+    if lowest == 3:
+        # Taken off the odd part at each node, and integrated.
+        share = 0.5 - sum(w * r for w, r in zip(odd_weights, nodes, strict=True))
+        moment = moment + share * of_one.quadratic(cov12, cov12, of_two)
+    for r, even_weight, odd_weight in zip(nodes, even_weights, odd_weights, strict=True):
+        at_r = sampled.at(r)
+        plus, minus = (sampled.derivative(at, cov12) for at in (at_r, at_r.mirrored()))
+        even = (plus + minus) / 2 + sampled.missed(at_r, cov12) - uncorrelated
+        moment = moment + even_weight * even + odd_weight * (plus - minus) / 2
+    if theta is None:
+        return moment, None
+    at_1 = sampled.at(1.0)
+    return moment, sampled.derivative(at_1, theta) + sampled.missed(at_1, theta)
 
 
-class _Side(NamedTuple):
-    """Points of one input: logits `z`, outputs `y`, `q = f'(z) / D`, each `(n, S)`."""
+class _Sampled:
+    """One pair at its points."""
 
-    z: Array
-    y: Array
-    q: Array
-    components: Components
+    def __init__(
+        self, one: Expansion, two: Expansion, cov12: Array, surrogate: Surrogate, n_points: int
+    ):
+        self._one, self._two, self._surrogate = one, two, surrogate
+        size = len(cov12)
+        z = sampling.normal_points(n_points, 3 * size, cov12.dtype, sampling.PAIRS)
+        slope, rest, _ = sampling.correlate(one.root, two.root, cov12)
+        first, second, third = z[:size], z[size : 2 * size], z[2 * size :]
+        self._correlated = matmul(slope.T, first) + matmul(rest, second)
+        self._independent = matmul(two.root.root, third)
+        logits = matmul(one.root.root, first)
+        self._left = sampling.outputs(logits, one.present, surrogate)
+        self._left_missed = one.components.slope - self._left.mean_jacobian()
 
+    def at(self, r: float) -> sampling.Outputs:
+        """The outputs of the second input, at `v_r`."""
+        z = self._correlated
+        if r < 1:
+            z = r * z + np.sqrt(1 - r * r) * self._independent
+        return sampling.outputs(z, self._two.present, self._surrogate)
 
-def _residual_derivative(u: _Side, v: _Side, theta: Array) -> Array:
-    """Mean over the points of `R_u theta R_v^T`, `R` the Jacobian of the residual.
+    def derivative(self, right: sampling.Outputs, inner: Array) -> Array:
+        """`G` of the points, at the `r` that `right` is of."""
+        return sampling.jacobian_product(self._left, right, inner)
 
-    `R = J - B` with `J = diag(q) - y q^T` and `B = slope + sum_k z_k curvature_k`. Multiplied out,
-    so that no `S x S` matrix is held for every point: means of products are all that is needed.
-    """
-    n = len(u.z)
-
-    def mean(left: Array, right: Array) -> Array:
-        return matmul(left.T, right) / n
-
-    # J_u theta J_v^T.
-    row, column = matmul(u.q, theta), matmul(v.q, theta.T)
-    total = jnp.sum(row * v.q, 1, keepdims=True)
-    both = theta * mean(u.q, v.q) - mean(u.q * column, v.y) - mean(u.y, row * v.q)
-    both = both + mean(u.y * total, v.y)
-
-    def mixed(jacobian: _Side, polynomial: _Side, theta: Array) -> Array:
-        """`J theta B^T`."""
-        # E[J_im z_k]. One z_k at a time, for the memory's sake.
-        y, q, z = jacobian.y, jacobian.q, polynomial.z
-        products = -lax.map(lambda z_k: mean(y * z_k[:, None], q), z.T)
-        products = jnp.moveaxis(products, 0, -1)
-        each = jnp.arange(len(theta))
-        products = products.at[each, each].add(mean(q, z))
-        plain = jnp.diag(jnp.mean(q, 0)) - mean(y, q)
-        _, slope, curvature = polynomial.components
-        moved = einsum("imk,ml->ilk", products, theta)
-        return matmul(matmul(plain, theta), slope.T) + einsum("ilk,jlk->ij", moved, curvature)
-
-    # B_u theta B_v^T.
-    (_, slope_u, curvature_u), (_, slope_v, curvature_v) = u.components, v.components
-    mean_u = slope_u + matmul(curvature_u, jnp.mean(u.z, 0))
-    mean_v = slope_v + matmul(curvature_v, jnp.mean(v.z, 0))
-    spread = mean(u.z - jnp.mean(u.z, 0), v.z - jnp.mean(v.z, 0))
-    moved = einsum("imk,kp,ml->ilp", curvature_u, spread, theta)
-    polynomials = matmul(matmul(mean_u, theta), mean_v.T)
-    polynomials = polynomials + einsum("ilp,jlp->ij", moved, curvature_v)
-    return both - mixed(u, v, theta) - mixed(v, u, theta.T).T + polynomials
-
-
-def _cholesky(matrix: Array, covariance: Array) -> Array:
-    """Cholesky factor of a positive semi-definite `matrix`, part of a `covariance`."""
-    # What is added makes singular covariances, and their derivatives, harmless; 1e-8 of a variance
-    # is far below the error of sampling.
-    eps = float(jnp.finfo(matrix.dtype).eps)
-    size = matrix.shape[-1]
-    ridge = max(1e-8, 64 * eps) * jnp.trace(covariance) / size + eps
-    return jnp.linalg.cholesky(matrix + ridge * jnp.eye(size, dtype=matrix.dtype))
-
-
-def _normal_points(n_points: int, dimension: int, dtype: Any) -> Array:
-    """Quasi-random points of the standard normal distribution; always the same."""
-    return jnp.asarray(_sobol_points(n_points, dimension), dtype)
-
-
-@functools.cache
-def _sobol_points(n_points: int, dimension: int) -> np.ndarray:
-    """Scrambled Sobol points, mapped to the standard normal distribution."""
-    sampler = scipy.stats.qmc.Sobol(dimension, scramble=True, seed=0)  # pyright: ignore[reportCallIssue]
-    # A power of two is what balances the points.
-    uniform = sampler.random_base2(max(0, (n_points - 1).bit_length()))[:n_points]
-    # Scrambling can give 0 exactly.
-    return scipy.special.ndtri(np.clip(uniform, 1e-12, 1 - 1e-12))
+    def missed(self, right: sampling.Outputs, inner: Array) -> Array:
+        """What `derivative` misses for the sample means of `J` being off `B`, to first order."""
+        of_one, of_two = self._one.components.slope, self._two.components.slope
+        left = matmul(matmul(self._left_missed, inner), of_two.T)
+        return left + matmul(matmul(of_one, inner), (of_two - right.mean_jacobian()).T)
