@@ -26,25 +26,30 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Array, Float
 
-from taylor_softmax._numerics.precision import einsum
+from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import trace
-from taylor_softmax.methods import Method, QuasiMonteCarlo, choose
+from taylor_softmax._position_axis import closed_form, sampling, trace
+from taylor_softmax._position_axis.moments import project
+from taylor_softmax.methods import Direct, Method, QuasiMonteCarlo, choose
 
-# Scales of queries at which `G` is sampled where they differ, and the ratio of variances below
-# which they don't: normalised inputs in float32 differ by 1e-6.
+# Scales of queries at which `G` is computed where they differ, and the relative difference of
+# variances below which they don't: normalised inputs in float32 differ by 1e-6.
 _N_SCALES = 3
 _EQUAL = 1e-4
 
-# In log(1 / 2 + variance of the logits) the interpolation is the most accurate.
+# Scales are interpolated in log(1 / 2 + variance of the logits).
 _OFFSET = 0.5
+
+# Correlations at which the closed form of order 2 is evaluated.
+_CLOSED_NODES = 8
 
 # Numbers in the largest array of a step, on accelerators.
 _CHUNK = 1 << 24
@@ -67,10 +72,11 @@ class Mechanism:
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
     """The methods that apply, the default one first."""
-    return (QuasiMonteCarlo(n_points=1 << 10),)
+    sampled = QuasiMonteCarlo(n_points=1 << 10)
+    return (Direct(), sampled) if surrogate.has_closed_form else (sampled,)
 
 
-def check_method(method: Method | None, surrogate: Surrogate) -> Method:
+def check_method(method: Any, surrogate: Surrogate) -> Method:
     """`method`, or the default if it is None, or which ones apply."""
     return choose(method, *methods(surrogate), axis=f"attention with {surrogate}")
 
@@ -222,16 +228,18 @@ class _Prepared(NamedTuple):
     """What pairs need of an input.
 
     Attributes:
-      scales: `tau_a` of each query, `(S,)`.
-      weights: of the classes for each query, `(S, C)`.
-      present: `(S,)`.
-      logits: of unit scale, in `C` classes.
+      scales: `tau_a` of each query.
+      weights: of the classes for each query.
+      present: 1 where there is a position.
+      means: `E[y]` of the classes.
+      logits: in `C` classes.
     """
 
-    scales: Array
-    weights: Array
-    present: Array
-    logits: trace.Logits
+    scales: Float[Array, "*n S"]
+    weights: Float[Array, "*n S C"]
+    present: Float[Array, "*n S"]
+    means: Float[Array, "*n C S"]
+    logits: "trace.Logits | _ClosedLogits"
 
 
 def _evaluate(
@@ -243,14 +251,39 @@ def _evaluate(
 
 
 def _prepare(one: Inputs, *, mechanism: Mechanism, classify: _Classify) -> _Prepared:
-    present = one.present
-    keys = _masked(one.keys, present, present, centre=mechanism.surrogate.is_shift_invariant)
+    present, surrogate = one.present, mechanism.surrogate
+    noise = sampling.rounding(one.keys * present[:, None] * present)
+    keys = project(one.keys, present, present, surrogate)
     variance = jnp.trace(keys) / jnp.maximum(jnp.sum(present), 1)
     classes = classify(one.variances, variance, present)
-    # Rounding errors are those of the covariance before anything common is taken off.
-    noise = 4 * jnp.finfo(keys.dtype).eps * jnp.sum(jnp.diagonal(one.keys) * present)
-    logits = trace.prepare(keys, noise, classes.scales, classes.allowed, mechanism.surrogate)
-    return _Prepared(_safe_sqrt(one.variances), classes.weights, present, logits)
+    if isinstance(mechanism.method, Direct):
+        logits, means = _closed_logits(keys, classes)
+    else:
+        logits = trace.prepare(keys, noise, classes.scales, classes.allowed, surrogate)
+        means = logits.components.mean
+    return _Prepared(_safe_sqrt(one.variances), classes.weights, present, means, logits)
+
+
+class _ClosedLogits(NamedTuple):
+    """Logits of one input at order 2, for `C` classes of scales `tau`."""
+
+    scales: Float[Array, "*n C"]
+    classes: closed_form.Logits
+
+
+def _closed_logits(keys: Array, classes: _Classes) -> tuple[_ClosedLogits, Array]:
+    """The logits, and the means of the classes."""
+
+    def of_class(of: tuple[Array, Array]) -> tuple[closed_form.Logits, Array]:
+        scale, allowed = of
+        covariance = scale**2 * keys * allowed[:, None] * allowed
+        logits = closed_form.prepare(covariance, allowed)
+        # Outputs sum to 1, so that the rows of m m^T sum to m.
+        uncorrelated = closed_form.second_moment(logits, logits, jnp.zeros_like(keys))
+        return logits, jnp.sum(uncorrelated, 1)
+
+    logits, means = lax.map(of_class, (classes.scales, classes.allowed))
+    return _ClosedLogits(classes.scales, logits), means
 
 
 def _map_pairs(prepared: _Prepared, request: Request, mechanism: Mechanism) -> Terms:
@@ -263,45 +296,53 @@ def _map_pairs(prepared: _Prepared, request: Request, mechanism: Mechanism) -> T
     step = None
     if jax.default_backend() != "cpu":
         size, n_classes = prepared.weights.shape[1:]
-        step = max(1, _CHUNK // (mechanism.method.n_points * size * n_classes**2))
+        step = max(1, _CHUNK // (_points(mechanism) * size * n_classes**2))
     pairs = jnp.asarray(request.first), jnp.asarray(request.second), request.cross
     return lax.map(jax.checkpoint(pair), pairs, batch_size=step)
 
 
+def _points(mechanism: Mechanism) -> int:
+    method = mechanism.method
+    return method.n_points if isinstance(method, QuasiMonteCarlo) else closed_form.N_NODES**2
+
+
 def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) -> Terms:
-    masked = functools.partial(_masked, first=one.present, second=two.present)
-    centre = mechanism.surrogate.is_shift_invariant
+    surrogate = mechanism.surrogate
+
+    def centred(cov: Array) -> Array:
+        return project(cov, one.present, two.present, surrogate)
+
     values = [cross.keys if cross.values is None else cross.values]
-    keys = [cross.keys]
-    forms = [(0, 0)]
-    shared = cross.values is None and cross.values_ntk is None
+    keys, forms = [cross.keys], [(0, 0)]
     if cross.keys_ntk is not None:
         values.append(cross.keys_ntk if cross.values_ntk is None else cross.values_ntk)
         keys.append(cross.keys_ntk)
-        # For softmax, `J` is symmetric, and so is `G` in its matrices.
-        forms += [(0, 1)] if shared and centre else [(0, 1), (1, 0)]
-    keys = [masked(x, centre=centre) for x in keys]
-    # A shift common to all values drops out of `G` whatever the softmax: 1^T J = 0.
-    shifted = [masked(x, centre=True) for x in values]
-    coefficients = trace.coefficients(
-        one.logits,
-        two.logits,
-        keys[0],
-        shifted,
-        keys,
-        forms,
-        surrogate=mechanism.surrogate,
-        n_points=mechanism.method.n_points,
-    )
+        # The Jacobian of softmax is symmetric, and so is `G` in its two matrices.
+        shared = cross.values is None and cross.values_ntk is None
+        forms += [(0, 1)] if shared and surrogate.is_shift_invariant else [(0, 1), (1, 0)]
+    inner, outer = [centred(x) for x in keys], [centred(x) for x in values]
+    if isinstance(one.logits, trace.Logits) and isinstance(two.logits, trace.Logits):
+        coefficients = trace.coefficients(
+            one.logits,
+            two.logits,
+            inner[0],
+            outer,
+            inner,
+            forms,
+            surrogate=surrogate,
+            n_points=_points(mechanism),
+        )
+    else:
+        coefficients = _closed_coefficients(one.logits, two.logits, outer, inner, forms)
     coefficients = einsum("ai,fkij,bj->fkab", one.weights, coefficients, two.weights)
     correlation = jnp.clip(cross.queries / (one.scales[:, None] * two.scales), -1, 1)
-    mean1, mean2 = one.weights @ one.logits.mean, two.weights @ two.logits.mean
+    mean1, mean2 = (matmul(x.weights, x.means) for x in (one, two))
 
     def value(form: int, of: Array) -> Array:
         """`F`, integrated from correlation 0 on."""
-        constant = einsum("ap,pq,bq->ab", mean1, masked(of, centre=False), mean2)
         divided = coefficients[form] / np.arange(1, coefficients.shape[1] + 1)[:, None, None]
-        return constant + cross.queries * _polynomial(divided, correlation)
+        integral = cross.queries * _polynomial(divided, correlation)
+        return matmul(matmul(mean1, of), mean2.T) + integral
 
     if cross.keys_ntk is None:
         return Terms(value(0, values[0]))
@@ -313,14 +354,33 @@ def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) ->
     )
 
 
+def _closed_coefficients(
+    one: _ClosedLogits,
+    two: _ClosedLogits,
+    values: list[Array],
+    keys: list[Array],
+    forms: list[tuple[int, int]],
+) -> Array:
+    """What `trace.coefficients` estimates, through exact values at Chebyshev's nodes in `r`."""
+    nodes = np.cos((np.arange(_CLOSED_NODES) + 0.5) * np.pi / _CLOSED_NODES)
+    fit = jnp.asarray(np.linalg.inv(np.vander(nodes, increasing=True)), keys[0].dtype)
+    shape = len(one.scales), len(two.scales), _CLOSED_NODES
+    i, j, k = (jnp.asarray(x) for x in np.indices(shape).reshape(3, -1))
+
+    def traces(at: tuple[Array, Array, Array]) -> Array:
+        i, j, r = at
+        first, second = (
+            jax.tree.map(lambda x, k=k: x[k], of.classes) for of, k in ((one, i), (two, j))
+        )
+        cross = r * one.scales[i] * two.scales[j] * keys[0]
+        cross = cross * first.present[:, None] * second.present
+        moved = [x * first.present[:, None] * second.present for x in keys]
+        slopes = [closed_form.moment_and_slope(first, second, cross, x)[1] for x in moved]
+        return jnp.stack([jnp.sum(values[v] * slopes[k]) for v, k in forms])
+
+    results = lax.map(traces, (i, j, jnp.asarray(nodes, keys[0].dtype)[k]))
+    return einsum("kr,ijrf->fkij", fit, results.reshape(*shape, len(forms)))
+
+
 def _polynomial(coefficients: Array, x: Array) -> Array:
     return functools.reduce(lambda total, c: total * x + c, coefficients[::-1])
-
-
-def _masked(cov: Array, first: Array, second: Array, *, centre: bool) -> Array:
-    """`cov` of the positions that are present; if `centre`, of their differences from the mean."""
-    cov = cov * first[:, None] * second
-    if centre:
-        cov = cov - jnp.sum(cov, 0) / jnp.maximum(jnp.sum(first), 1) * first[:, None]
-        cov = cov - (jnp.sum(cov, 1) / jnp.maximum(jnp.sum(second), 1))[:, None] * second
-    return cov
