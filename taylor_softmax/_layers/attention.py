@@ -219,7 +219,7 @@ class Attention:
         scale = self.W_out_std * self.W_value_std / (heads.shape[-1] * valued.shape[-1]) ** 0.5
         outputs = (scale * (heads @ out)).reshape(n, *spatial, -1)
         outputs = jnp.moveaxis(outputs, (0, -1), ends)
-        return outputs if bias is None else outputs + self.b_std * bias
+        return outputs if bias is None or self.b_std is None else outputs + self.b_std * bias
 
     def _embed(
         self, x: Array, embedding: Any, present: Array | None, spatial: Sequence[int]
@@ -328,6 +328,7 @@ class _Blocks:
 
             shape = name
             of_keys = blocks(keys, name)
+            assert of_keys is not None
             ntk = blocks(keys, "ntk") if name == "nngp" else None
             return Request(
                 first,
@@ -360,14 +361,15 @@ class _Blocks:
         """The fields of the kernel, from NNGP and NTK of the requests."""
         (nngp, ntk), *own = results
         if self._symmetric:
-            nngp, ntk = (None if x is None else _unfold(x, self._n1) for x in (nngp, ntk))
+            nngp = _unfold(nngp, self._n1)
+            ntk = None if ntk is None else _unfold(ntk, self._n1)
         both = (self._n1, self._n2)
         fields = {
             "nngp": self._layout.join(nngp, both),
             "ntk": None if ntk is None else self._layout.join(ntk, both),
         }
         if self._symmetric:
-            cov1 = fields["nngp"]
+            cov1 = self._layout.join(nngp, both)
             if self._k.diagonal_batch:
                 cov1 = jnp.moveaxis(jnp.diagonal(cov1), -1, 0)
             return {**fields, "cov1": cov1, "cov2": None}

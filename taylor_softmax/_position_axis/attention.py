@@ -24,7 +24,6 @@ coefficients: all pairs of queries at the price of one. With `m = E[y]`,
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,27 +31,140 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from taylor_softmax._numerics.arguments import Validated, as_real, broadcast_covariances
 from taylor_softmax._numerics.precision import einsum, matmul
-from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import closed_form, sampling, trace
+from taylor_softmax._numerics.surrogate import Surrogate, parse
+from taylor_softmax._position_axis import closed_form, queries, sampling, trace
 from taylor_softmax._position_axis.moments import project
 from taylor_softmax.methods import Direct, Method, QuasiMonteCarlo, choose
 
-# Scales of queries at which `G` is computed where they differ, and the relative difference of
-# variances below which they don't: normalised inputs in float32 differ by 1e-6.
-_N_SCALES = 3
+# Relative difference of variances below which queries count as equal in scale: normalised inputs in
+# float32 differ by 1e-6.
 _EQUAL = 1e-4
-
-# Scales are interpolated in log(1 / 2 + variance of the logits).
-_OFFSET = 0.5
 
 # Correlations at which the closed form of order 2 is evaluated.
 _CLOSED_NODES = 8
 
 # Numbers in the largest array of a step, on accelerators.
 _CHUNK = 1 << 24
+
+
+class AttentionMoments(NamedTuple):
+    """Kernels of attention, `(..., S, S)`.
+
+    Attributes:
+      nngp: `F(V)`.
+      ntk: None without NTKs of what it is made of.
+    """
+
+    nngp: Float[Array, "*batch S S"]
+    ntk: Float[Array, "*batch S S"] | None
+
+
+def attention_second_moment(
+    cov11: Validated[ArrayLike],
+    cov12: Validated[ArrayLike],
+    cov22: Validated[ArrayLike],
+    *,
+    values12: Validated[ArrayLike | None] = None,
+    ntk12: Validated[ArrayLike | None] = None,
+    values_ntk12: Validated[ArrayLike | None] = None,
+    scale: Validated[ArrayLike] = 1.0,
+    present1: Validated[ArrayLike | None] = None,
+    present2: Validated[ArrayLike | None] = None,
+    causal: Validated[bool] = False,
+    order: Validated[int | None] = None,
+    method: Validated[Method | None] = None,
+) -> AttentionMoments:
+    """Kernels of infinitely wide softmax attention at 1/sqrt(d), `softmax(Q K^T / sqrt(d)) V`.
+
+    Two inputs of `S` tokens, `K11`, `K12`, `K22` the covariances of one channel of what queries and
+    keys are made of. With `y_a` the attention weights of query `a`, the softmax of logits of
+    covariance `s K_ab K_pq`, and `J_a` its Jacobian,
+
+        nngp_ab = F(V)_ab = sum_pq V_pq E[y_ap y'_bq],
+        ntk_ab = 2 F(V) + F(Theta_V) + s ((2 K12_ab + Theta_ab) G(V; K12) + K12_ab G(V; Theta)),
+        G(V; C)_ab = E[tr(V^T J_a C J'_b^T)]
+
+    (Hron, Bahri, Sohl-Dickstein & Novak 2020, arXiv 2006.10540): those of the layer
+    `taylor_softmax.stax.GlobalSelfAttention` with weights of variance 1 for values and outputs.
+    Covariances may be singular, and positive semi-definite up to rounding. Differentiable.
+
+    Errors: `ATTENTION` in `taylor_softmax._numerics.errors`, where all `K_aa` of an input are
+    equal. Where they differ by a factor of up to 6 errors are about 3 times as large (order 2: they
+    are 1e-3 then); causal attention, which has a mean over points for each query, is as good as
+    where they are equal, and takes `S^2` times as many operations.
+
+    Args:
+      cov11, cov12, cov22: `K11`, `K12`, `K22`, each `(..., S, S)`.
+      values12: `V`, covariance between what the inputs' values are made of; `K12` by default.
+      ntk12: `Theta`, the NTK of what queries and keys are made of. None: no NTK is computed.
+      values_ntk12: `Theta_V`, that of values; `Theta` by default.
+      scale: `s`, variance of the query weights times that of the key weights; a number.
+      present1, present2: which tokens there are, booleans `(..., S)`; all by default. Others are
+        not attended to; rows and columns of theirs in the result mean nothing.
+      causal: query `a` attends to keys up to `a` only.
+      order: even order of a Taylor softmax in the place of softmax, up to 32; None is softmax.
+      method: `QuasiMonteCarlo(n_points)`, per pair of inputs, the default; `Direct()`, the default
+        at order 2, which has a closed form (slow for causal attention).
+
+    Returns:
+      `AttentionMoments(nngp, ntk)`.
+
+    Raises:
+      TypeError, ValueError: `order`, `method` or `causal` is not one of the above; a covariance is
+        not of shape `(..., S, S)` with the same `S` as the others; `values_ntk12` without `ntk12`.
+    """
+    surrogate = parse(order)
+    if not isinstance(causal, bool):
+        raise TypeError(f"`causal` must be a boolean, got {causal!r}.")
+    mechanism = Mechanism(surrogate, causal, check_method(method, surrogate))
+    if values_ntk12 is not None and ntk12 is None:
+        raise ValueError("`values_ntk12` is part of the NTK: pass `ntk12` too.")
+    *covs, dtype = broadcast_covariances(cov11, cov12, cov22)
+    shape = covs[0].shape
+    given = {"values12": values12, "ntk12": ntk12, "values_ntk12": values_ntk12}
+    others = {name: _like(name, value, shape) for name, value in given.items()}
+    (factor,), _ = as_real(scale=scale)
+    if factor.ndim:
+        raise ValueError(f"`scale` must be a number, got an array of shape {factor.shape}.")
+    all_present = jnp.ones(shape[:-1], covs[0].dtype)
+    given = {"present1": present1, "present2": present2}
+    present = [_like(name, value, shape[:-1]) for name, value in given.items()]
+    size = shape[-1]
+    cov11, cov12, cov22 = (cov.reshape(-1, size, size) for cov in covs)
+    values, theta, values_theta = (
+        None if x is None else x.reshape(-1, size, size).astype(cov12.dtype)
+        for x in others.values()
+    )
+    factor = factor.astype(cov12.dtype)
+    keys = jnp.concatenate([cov11, cov22])
+    present = [all_present if x is None else (x > 0).astype(cov12.dtype) for x in present]
+    both = jnp.concatenate([x.reshape(-1, size) for x in present])
+    inputs = Inputs(factor * jnp.diagonal(keys, axis1=1, axis2=2), keys, both)
+    queries_ntk = None if theta is None else factor * theta
+    cross = Cross(factor * cov12, cov12, values, queries_ntk, theta, values_theta)
+    first = np.arange(len(cov12))
+    request = Request(first, first + len(first), cross)
+    (terms,) = evaluate(inputs, [request], mechanism)
+    nngp, ntk = (
+        None if x is None else x.reshape(shape).astype(dtype) for x in assemble(terms, cross)
+    )
+    assert nngp is not None
+    return AttentionMoments(nngp, ntk)
+
+
+def _like(name: str, value: Any, shape: tuple[int, ...]) -> Array | None:
+    """The argument `name`, broadcast to `shape`, or what is wrong with it."""
+    if value is None:
+        return None
+    (array,), _ = as_real(**{name: value})
+    if array.shape[-1:] != shape[-1:] or jnp.broadcast_shapes(array.shape, shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, got {array.shape}.")
+    return jnp.broadcast_to(array, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,72 +268,16 @@ def evaluate(inputs: Inputs, requests: Sequence[Request], mechanism: Mechanism) 
     """The terms of each request, of softmax attention."""
     requests = list(requests)
     if mechanism.causal:
-        return _evaluate(inputs, requests, mechanism, _class_of_each_position)
+        return _evaluate(inputs, requests, mechanism, queries.of_each_position)
     variances, present = inputs.variances, inputs.present > 0
     largest = jnp.max(jnp.where(present, variances, 0), -1)
     smallest = jnp.min(jnp.where(present, variances, jnp.inf), -1)
     equal = jnp.all(smallest >= (1 - _EQUAL) * largest)
 
-    def of(classify: "_Classify") -> Callable[[], list[Terms]]:
+    def of(classify: queries.Classify) -> Callable[[], list[Terms]]:
         return lambda: _evaluate(inputs, requests, mechanism, classify)
 
-    return lax.cond(equal, of(_one_class), of(_classes_of_scales))
-
-
-class _Classes(NamedTuple):
-    """Classes of the queries of one input, within which `y` has one distribution.
-
-    Attributes:
-      scales: `tau`, `(C,)`.
-      allowed: 1 where a key is attended to, `(C, S)`.
-      weights: of the classes for each query, `(S, C)`.
-    """
-
-    scales: Array
-    allowed: Array
-    weights: Array
-
-
-# From variances of queries and of the keys (both of positions that there are) and presence.
-_Classify = Callable[[Array, Array, Array], _Classes]
-
-
-def _class_of_each_position(variances: Array, spread: Array, present: Array) -> _Classes:
-    size = len(variances)
-    earlier = jnp.asarray(np.tri(size), present.dtype)
-    return _Classes(_safe_sqrt(variances), earlier * present, jnp.eye(size, dtype=present.dtype))
-
-
-def _one_class(variances: Array, spread: Array, present: Array) -> _Classes:
-    mean = jnp.sum(variances * present) / jnp.maximum(jnp.sum(present), 1)
-    return _Classes(_safe_sqrt(mean[None]), present[None], jnp.ones_like(present)[:, None])
-
-
-def _classes_of_scales(variances: Array, spread: Array, present: Array) -> _Classes:
-    """Nodes that cover the scales, with Lagrange weights."""
-    spread = jnp.maximum(spread, jnp.finfo(spread.dtype).tiny)
-    x = jnp.log(variances * spread + _OFFSET)
-    low = jnp.min(jnp.where(present > 0, x, jnp.inf))
-    high = jnp.max(jnp.where(present > 0, x, -jnp.inf))
-    # Nothing is divided by 0 where the scales are equal, or no position is present.
-    low, high = jnp.where(low <= high, low, 0), jnp.where(low <= high, high, 0)
-    centre, half = (low + high) / 2, jnp.maximum((high - low) / 2, 1e-3)
-    # Chebyshev's nodes, stretched to the ends: where most queries are, as a rule.
-    nodes = np.cos((np.arange(_N_SCALES) + 0.5) * np.pi / _N_SCALES)
-    nodes = nodes / nodes[0]
-    u = (x - centre) / half * present
-    weights = [
-        math.prod((u - other) / (node - other) for other in nodes if other != node)
-        for node in nodes
-    ]
-    scales = _safe_sqrt((jnp.exp(centre + half * nodes) - _OFFSET) / spread)
-    allowed = jnp.broadcast_to(present, (_N_SCALES, len(present)))
-    return _Classes(scales.astype(x.dtype), allowed, jnp.stack(weights, -1))
-
-
-def _safe_sqrt(x: Array) -> Array:
-    """Root with a finite slope everywhere."""
-    return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+    return lax.cond(equal, of(queries.one_for_all), of(queries.of_scales))
 
 
 class _Prepared(NamedTuple):
@@ -243,14 +299,14 @@ class _Prepared(NamedTuple):
 
 
 def _evaluate(
-    inputs: Inputs, requests: list[Request], mechanism: Mechanism, classify: _Classify
+    inputs: Inputs, requests: list[Request], mechanism: Mechanism, classify: queries.Classify
 ) -> list[Terms]:
     prepare = functools.partial(_prepare, mechanism=mechanism, classify=classify)
     prepared = lax.map(jax.checkpoint(prepare), inputs)
     return [_map_pairs(prepared, request, mechanism) for request in requests]
 
 
-def _prepare(one: Inputs, *, mechanism: Mechanism, classify: _Classify) -> _Prepared:
+def _prepare(one: Inputs, *, mechanism: Mechanism, classify: queries.Classify) -> _Prepared:
     present, surrogate = one.present, mechanism.surrogate
     noise = sampling.rounding(one.keys * present[:, None] * present)
     keys = project(one.keys, present, present, surrogate)
@@ -261,7 +317,7 @@ def _prepare(one: Inputs, *, mechanism: Mechanism, classify: _Classify) -> _Prep
     else:
         logits = trace.prepare(keys, noise, classes.scales, classes.allowed, surrogate)
         means = logits.components.mean
-    return _Prepared(_safe_sqrt(one.variances), classes.weights, present, means, logits)
+    return _Prepared(queries.safe_sqrt(one.variances), classes.weights, present, means, logits)
 
 
 class _ClosedLogits(NamedTuple):
@@ -271,7 +327,7 @@ class _ClosedLogits(NamedTuple):
     classes: closed_form.Logits
 
 
-def _closed_logits(keys: Array, classes: _Classes) -> tuple[_ClosedLogits, Array]:
+def _closed_logits(keys: Array, classes: queries.Classes) -> tuple[_ClosedLogits, Array]:
     """The logits, and the means of the classes."""
 
     def of_class(of: tuple[Array, Array]) -> tuple[closed_form.Logits, Array]:
@@ -296,14 +352,11 @@ def _map_pairs(prepared: _Prepared, request: Request, mechanism: Mechanism) -> T
     step = None
     if jax.default_backend() != "cpu":
         size, n_classes = prepared.weights.shape[1:]
-        step = max(1, _CHUNK // (_points(mechanism) * size * n_classes**2))
+        method = mechanism.method
+        points = method.n_points if isinstance(method, QuasiMonteCarlo) else size
+        step = max(1, _CHUNK // (points * size * n_classes**2))
     pairs = jnp.asarray(request.first), jnp.asarray(request.second), request.cross
     return lax.map(jax.checkpoint(pair), pairs, batch_size=step)
-
-
-def _points(mechanism: Mechanism) -> int:
-    method = mechanism.method
-    return method.n_points if isinstance(method, QuasiMonteCarlo) else closed_form.N_NODES**2
 
 
 def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) -> Terms:
@@ -321,19 +374,12 @@ def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) ->
         shared = cross.values is None and cross.values_ntk is None
         forms += [(0, 1)] if shared and surrogate.is_shift_invariant else [(0, 1), (1, 0)]
     inner, outer = [centred(x) for x in keys], [centred(x) for x in values]
-    if isinstance(one.logits, trace.Logits) and isinstance(two.logits, trace.Logits):
-        coefficients = trace.coefficients(
-            one.logits,
-            two.logits,
-            inner[0],
-            outer,
-            inner,
-            forms,
-            surrogate=surrogate,
-            n_points=_points(mechanism),
-        )
+    of_pair: tuple[Any, ...] = one.logits, two.logits, inner[0], outer, inner, forms
+    if isinstance(mechanism.method, QuasiMonteCarlo):
+        n_points = mechanism.method.n_points
+        coefficients = trace.coefficients(*of_pair, surrogate=surrogate, n_points=n_points)
     else:
-        coefficients = _closed_coefficients(one.logits, two.logits, outer, inner, forms)
+        coefficients = _closed_coefficients(*of_pair)
     coefficients = einsum("ai,fkij,bj->fkab", one.weights, coefficients, two.weights)
     correlation = jnp.clip(cross.queries / (one.scales[:, None] * two.scales), -1, 1)
     mean1, mean2 = (matmul(x.weights, x.means) for x in (one, two))
@@ -357,6 +403,7 @@ def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) ->
 def _closed_coefficients(
     one: _ClosedLogits,
     two: _ClosedLogits,
+    cross: Array,
     values: list[Array],
     keys: list[Array],
     forms: list[tuple[int, int]],
@@ -372,10 +419,11 @@ def _closed_coefficients(
         first, second = (
             jax.tree.map(lambda x, k=k: x[k], of.classes) for of, k in ((one, i), (two, j))
         )
-        cross = r * one.scales[i] * two.scales[j] * keys[0]
-        cross = cross * first.present[:, None] * second.present
-        moved = [x * first.present[:, None] * second.present for x in keys]
-        slopes = [closed_form.moment_and_slope(first, second, cross, x)[1] for x in moved]
+        allowed = first.present[:, None] * second.present
+        between = r * one.scales[i] * two.scales[j] * cross * allowed
+        slopes = [
+            closed_form.moment_and_slope(first, second, between, x * allowed)[1] for x in keys
+        ]
         return jnp.stack([jnp.sum(values[v] * slopes[k]) for v, k in forms])
 
     results = lax.map(traces, (i, j, jnp.asarray(nodes, keys[0].dtype)[k]))
