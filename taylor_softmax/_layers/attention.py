@@ -21,6 +21,7 @@ from neural_tangents.stax import (
     supports_masking,
 )
 
+from taylor_softmax._layers.finite import FiniteClassKernel
 from taylor_softmax._layers.spatial import SpatialLayout
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.precision import matmul
@@ -38,17 +39,17 @@ def GlobalSelfAttention(
     n_chan_val: int,
     n_heads: int,
     linear_scaling: bool = True,
-    W_key_std: float = 1.0,
-    W_value_std: float = 1.0,
-    W_query_std: float = 1.0,
-    W_out_std: float = 1.0,
-    b_std: float | None = None,
+    W_key_std: Validated[float] = 1.0,
+    W_value_std: Validated[float] = 1.0,
+    W_query_std: Validated[float] = 1.0,
+    W_out_std: Validated[float] = 1.0,
+    b_std: Validated[float | None] = None,
     attention_mechanism: str = AttentionMechanism.SOFTMAX.name,
     pos_emb_type: str = PositionalEmbedding.NONE.name,
-    pos_emb_p_norm: float = 2,
+    pos_emb_p_norm: Validated[float] = 2,
     pos_emb_decay_fn: Callable[[float], float] | None = None,
     n_chan_pos_emb: int | None = None,
-    W_pos_emb_std: float = 1.0,
+    W_pos_emb_std: Validated[float] = 1.0,
     val_pos_emb: bool = False,
     batch_axis: int = 0,
     channel_axis: int = -1,
@@ -101,6 +102,7 @@ def GlobalSelfAttention(
       TypeError, ValueError: an argument is not one of the above; `method`, `causal` or `order` with
         `linear_scaling=True` or another mechanism than softmax; `causal=True` with inputs that have
         other than one spatial axis.
+      NotImplementedError: `kernel_fn` behind a softmax over finitely many classes.
     """
     arguments = locals()
     given = {name: arguments[name] for name in _NT_ARGUMENTS}
@@ -165,16 +167,16 @@ class Attention:
     n_chan_val: int
     n_heads: int
     n_chan_out: int
-    W_key_std: float
-    W_value_std: float
-    W_query_std: float
-    W_out_std: float
-    b_std: float | None
+    W_key_std: Validated[float]
+    W_value_std: Validated[float]
+    W_query_std: Validated[float]
+    W_out_std: Validated[float]
+    b_std: Validated[float | None]
     pos_emb_type: str
-    pos_emb_p_norm: float
+    pos_emb_p_norm: Validated[float]
     pos_emb_decay_fn: Callable[[float], float] | None
     n_chan_pos_emb: int | None
-    W_pos_emb_std: float
+    W_pos_emb_std: Validated[float]
     val_pos_emb: bool
     batch_axis: int
     channel_axis: int
@@ -253,6 +255,13 @@ class Attention:
           evaluate: the mechanism, as `attention.evaluate`; tests put another in its place.
         """
         self.check_axes(len(k.shape1))
+        if isinstance(k, FiniteClassKernel):
+            raise NotImplementedError(
+                f"The input of attention has {k.n_classes} channels behind a softmax over classes, "
+                f"finitely many: its logits are no matrix-normal variables. Use "
+                f"`infinite_width=True` in that softmax; "
+                f"`neural_tangents.monte_carlo_kernel_fn` samples any network."
+            )
         if k.is_reversed:
             k = k.reverse()
         blocks = _Blocks(k)
@@ -306,7 +315,7 @@ class _Blocks:
         self._n1, self._n2 = k.nngp.shape[:2]
         self._symmetric = k.cov2 is None
 
-    def inputs(self, keys: Any, scale: float) -> Inputs:
+    def inputs(self, keys: Any, scale: Any) -> Inputs:
         """All of `x1`, then all of `x2`."""
         batch_ndim = 1 if self._k.diagonal_batch else 2
         given = [(keys.cov1, self._k.mask1, self._n1)]
@@ -317,7 +326,7 @@ class _Blocks:
         variances = scale * jnp.diagonal(covs, axis1=1, axis2=2)
         return Inputs(variances, covs, present.astype(covs.dtype))
 
-    def requests(self, keys: Any, values: Any, scale: float) -> list[Request]:
+    def requests(self, keys: Any, values: Any, scale: Any) -> list[Request]:
         """What `kernels` needs; `values` is None where they see what keys do."""
         n1, n2 = self._n1, self._n2
 

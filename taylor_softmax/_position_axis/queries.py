@@ -72,5 +72,5 @@ def of_scales(variances: Array, spread: Array, present: Array) -> Classes:
 
 
 def safe_sqrt(x: Array) -> Array:
-    """Root with a finite slope everywhere."""
-    return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+    """Root with a slope that can be multiplied: logits of a variance below eps count as of eps."""
+    return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).eps))
