@@ -137,7 +137,7 @@ def prepare(
 ) -> Input:
     """The `Input` of `n` inputs whose logits have a `covariance` at the positions `present`."""
     noise = sampling.rounding(covariance * present[:, :, None] * present[:, None, :])
-    covariance = _project(covariance, present, present, surrogate)
+    covariance = project(covariance, present, present, surrogate)
     if surrogate.has_closed_form:
         return jax.vmap(closed_form.prepare)(covariance, present)
     size = present.shape[-1]
@@ -175,7 +175,7 @@ def second_moments(
         i, j, cov12, theta = args
         left, right = (jax.tree.map(lambda x, i=i: x[i], of) for of, i in ((one, i), (two, j)))
         cov12, theta = (
-            None if x is None else _project(x, left.present, right.present, surrogate)
+            None if x is None else project(x, left.present, right.present, surrogate)
             for x in (cov12, theta)
         )
         if not surrogate.has_closed_form:
@@ -198,7 +198,7 @@ def _pairs_at_once(size: int, surrogate: Surrogate, method: Method) -> int | Non
     return max(1, _CHUNK // (size * rows))
 
 
-def _project(cov: Array, first: Array, second: Array, surrogate: Surrogate) -> Array:
+def project(cov: Array, first: Array, second: Array, surrogate: Surrogate) -> Array:
     """`cov` of the positions that are present; for softmax, of their differences from the mean.
 
     Softmax does not see a shift common to all positions, while a sample of it would be noise, and
