@@ -10,9 +10,10 @@ import scipy.integrate
 import scipy.special
 
 from oracles import probabilities as oracle
-from taylor_softmax import predict
+from taylor_softmax import losses, predict
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._probabilities import rules
+from taylor_softmax._probabilities.log_normalizer import log_normalizer
 from taylor_softmax._probabilities.moments import _mean as mean_by_rule
 from taylor_softmax._probabilities.moments import in_blocks, moments
 

@@ -101,9 +101,8 @@ class _Search(NamedTuple):
 def factor(kernel: Array, precision: Array) -> tuple[Array, Array]:
     """`L` with `L L^T = B`, and `T = L^-1 omega^(1/2) K`: `V = K - T^T T`."""
     root = jnp.sqrt(precision)
-    lower = jnp.linalg.cholesky(
-        jnp.eye(len(root), dtype=root.dtype) + root[:, None] * kernel * root
-    )
+    scaled = root[:, None] * kernel
+    lower = jnp.linalg.cholesky(jnp.eye(len(root), dtype=root.dtype) + scaled * root)
     return lower, solve_triangular(lower, scaled, lower=True)
 
 

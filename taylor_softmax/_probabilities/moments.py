@@ -100,7 +100,11 @@ def in_blocks(
         logits = logits._replace(mean=logits.mean - lax.stop_gradient(largest))
     choices = rules.for_surrogate(surrogate)
     fine = rules.fine_enough(jax.tree.map(lax.stop_gradient, logits), choices, surrogate)
-    branches = [functools.partial(by_rule, rule=rule, surrogate=surrogate) for rule in choices]
+
+    def with_rule(rule: Rule) -> Callable[[Logits], Result]:
+        return lambda logits: by_rule(logits, rule, surrogate)
+
+    branches = [with_rule(rule) for rule in choices]
 
     # Rematerialised in the backward pass, which otherwise would keep every block's intermediates.
     @jax.checkpoint
@@ -109,7 +113,7 @@ def in_blocks(
         return lax.switch(index, branches, jax.tree.map(lambda x: x[points], logits))
 
     if not n_points:
-        shapes: Any = jax.eval_shape(functools.partial(branches[0]), logits)
+        shapes: Any = jax.eval_shape(branches[0], logits)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # Points that need the same rule come together, so that few wait for what others need.
     by_need = jnp.argsort(jnp.argmax(fine, axis=0))
@@ -165,6 +169,8 @@ def _with_covariance(logits: Logits, rule: Rule, surrogate: Surrogate) -> Moment
     total = jnp.sum(p, axis=1)
     p, w = p / total[:, None], w / total
 
+    assert each.deviation is not None
+    assert each.variance is not None
     sigma = jnp.sqrt(lax.stop_gradient(logits.variance))
     narrow = jnp.all(sigma <= NARROW, axis=1)[:, None]
     # Beyond NARROW, r = 0 and e = a.
