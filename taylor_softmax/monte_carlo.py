@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from taylor_softmax._numerics.arguments import (
     Validated,
+    as_real,
     broadcast_covariances,
     check_integer,
     check_n_classes,
@@ -67,10 +68,9 @@ def class_second_moment(
     """
     n_classes, surrogate = check_n_classes(n_classes), parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
-    arrays = tuple(jnp.asarray(x) for x in (var1, cov12, var2))
-    dtype = jnp.result_type(float, *arrays)
+    arrays, dtype = as_real(var1=var1, cov12=cov12, var2=var2)
     shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
-    var1, cov12, var2 = (jnp.broadcast_to(x.astype(dtype), shape).reshape(-1) for x in arrays)
+    var1, cov12, var2 = (jnp.broadcast_to(x, shape).reshape(-1) for x in arrays)
 
     root = jnp.sqrt(var1)
     # v given u. The guard is for variance 0, where the slope does not matter.
@@ -81,7 +81,8 @@ def class_second_moment(
     estimate = _second_moment(
         key, factors, _draw_classes, (var1.size, n_classes), surrogate, n_samples, _CHUNK
     )
-    return Estimate(*(x.reshape(*shape, n_classes, n_classes) for x in estimate))
+    shape = *shape, n_classes, n_classes
+    return Estimate(*(x.reshape(shape).astype(dtype) for x in estimate))
 
 
 def joint_second_moment(
@@ -112,7 +113,7 @@ def joint_second_moment(
     """
     surrogate = parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
-    covs = broadcast_covariances(cov11, cov12, cov22)
+    *covs, dtype = broadcast_covariances(cov11, cov12, cov22)
     shape, size = covs[0].shape, covs[0].shape[-1]
     k11, k12, k22 = (cov.reshape(-1, size, size) for cov in covs)
     sigma = jnp.block([[k11, k12], [jnp.swapaxes(k12, 1, 2), k22]])
@@ -123,7 +124,7 @@ def joint_second_moment(
     estimate = _second_moment(
         key, root, _draw_positions, (len(root), size), surrogate, n_samples, _CHUNK
     )
-    return Estimate(*(x.reshape(shape) for x in estimate))
+    return Estimate(*(x.reshape(shape).astype(dtype) for x in estimate))
 
 
 def _draw_classes(key: Array, factors: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -122,7 +122,7 @@ def joint_second_moment(
     """
     surrogate = parse(order)
     method = check_method(method, surrogate)
-    covs = broadcast_covariances(cov11, cov12, cov22)
+    *covs, dtype = broadcast_covariances(cov11, cov12, cov22)
     batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
     flat = tuple(cov.reshape(-1, size, size) for cov in covs)
     present = jnp.ones(flat[0].shape[:2], flat[0].dtype)
@@ -131,7 +131,7 @@ def joint_second_moment(
     )
     index = np.arange(len(flat[0]))
     moment, _ = second_moments(one, two, index, index, flat[1], None, surrogate, method)
-    return moment.reshape(*batch, size, size)
+    return moment.reshape(*batch, size, size).astype(dtype)
 
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
@@ -153,7 +153,7 @@ def prepare(
 ) -> Input:
     """The `Input` of `n` inputs whose logits have a `covariance` at the positions `present`."""
     noise = sampling.rounding(covariance * present[:, :, None] * present[:, None, :])
-    covariance = _project(covariance, present, present, surrogate)
+    covariance = project(covariance, present, present, surrogate)
     if surrogate.has_closed_form:
         return jax.vmap(closed_form.prepare)(covariance, present)
     size = present.shape[-1]
@@ -191,7 +191,7 @@ def second_moments(
         i, j, cov12, theta = args
         left, right = (jax.tree.map(lambda x, i=i: x[i], of) for of, i in ((one, i), (two, j)))
         cov12, theta = (
-            None if x is None else _project(x, left.present, right.present, surrogate)
+            None if x is None else project(x, left.present, right.present, surrogate)
             for x in (cov12, theta)
         )
         if not surrogate.has_closed_form:
@@ -214,7 +214,7 @@ def _pairs_at_once(size: int, surrogate: Surrogate, method: Method) -> int | Non
     return max(1, _CHUNK // (size * rows))
 
 
-def _project(cov: Array, first: Array, second: Array, surrogate: Surrogate) -> Array:
+def project(cov: Array, first: Array, second: Array, surrogate: Surrogate) -> Array:
     """`cov` of the positions that are present; for softmax, of their differences from the mean.
 
     Softmax does not see a shift common to all positions, while a sample of it would be noise, and

@@ -1,0 +1,449 @@
+"""Attention at 1/sqrt(d) against sampling, identities, neural_tangents and finite networks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import neural_tangents as nt
+import numpy as np
+import pytest
+from jax import random
+
+import taylor_softmax
+from oracles import attention as oracle
+from taylor_softmax import stax
+from taylor_softmax._layers import attention as layer
+from taylor_softmax._numerics.errors import ATTENTION, promised
+from taylor_softmax._numerics.surrogate import parse
+from taylor_softmax._position_axis import attention
+from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
+
+# Bound on |z| of the largest of 256 correlated entries, and of the cases below: 1e-4 by chance.
+LARGEST_Z = 5.5
+
+
+def terms(problem, *, order=None, causal=False, method=None):
+    """The terms of the kernel of a problem of the oracle, and what they are assembled with."""
+    size = problem.present.shape[1]
+
+    def cross(x):
+        return jnp.asarray(x[None, :size, size:])
+
+    keys = jnp.stack([problem.keys[:size, :size], problem.keys[size:, size:]])
+    variances = problem.scale * jnp.diagonal(keys, axis1=1, axis2=2)
+    inputs = attention.Inputs(variances, keys, jnp.asarray(problem.present, float))
+    between = attention.Cross(
+        problem.scale * cross(problem.keys),
+        cross(problem.keys),
+        cross(problem.values),
+        problem.scale * cross(problem.keys_ntk),
+        cross(problem.keys_ntk),
+        cross(problem.values_ntk),
+    )
+    surrogate = parse(order)
+    mechanism = attention.Mechanism(surrogate, causal, attention.check_method(method, surrogate))
+    request = attention.Request(np.array([0]), np.array([1]), between)
+    (result,) = attention.evaluate(inputs, [request], mechanism)
+    return result, between
+
+
+def excess(value, mean, stderr, present, tolerance):
+    """Largest error beyond what sampling explains, over what is promised: right below 1."""
+    there = np.outer(*present)
+    largest = np.max(np.abs(np.asarray(mean)[there]))
+    error = np.abs(np.asarray(value) - mean) - LARGEST_Z * np.asarray(stderr)
+    return np.max(error[there]) / (tolerance * largest)
+
+
+CASES = {
+    "2 tokens": {"size": 2, "variance": 1.0},
+    "small logits": {"size": 8, "variance": 0.25},
+    "16 tokens": {"size": 16, "variance": 1.0},
+    "large logits": {"size": 8, "variance": 4.0},
+    "negative correlation": {"size": 8, "variance": 1.0, "correlation": -0.7},
+    "masked": {"size": 8, "variance": 1.0, "lengths": (5, 7)},
+    "varying": {"size": 8, "variance": 1.0, "ratio": 6.0},
+    "varying, masked": {"size": 8, "variance": 4.0, "ratio": 6.0, "lengths": (8, 6)},
+    "low rank": {"size": 8, "variance": 1.0, "rank": 3},
+}
+
+
+def tolerance(case):
+    # At varying scales of queries, three times as much: documented.
+    factor = 3 if case.get("ratio", 1.0) != 1.0 else 1
+    return factor * promised(ATTENTION, case["variance"])
+
+
+@functools.cache
+def sampled(name, order=None, causal=False):
+    problem = oracle.random_problem(**CASES[name])
+    n_samples = 50_000 if CASES[name]["size"] <= 8 else 10_000
+    return problem, oracle.kernels(problem, order=order, causal=causal, n_samples=n_samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "causal"),
+    [
+        *((name, None, False) for name in CASES),
+        ("small logits", None, True),
+        ("varying, masked", None, True),
+        ("masked", 2, False),
+        ("masked", 4, False),
+    ],
+)
+def test_sampled_logits(name, order, causal):
+    problem, truth = sampled(name, order, causal)
+    nngp, ntk = attention.assemble(*terms(problem, order=order, causal=causal))
+    limit = problem.present, tolerance(CASES[name])
+    assert excess(nngp[0], truth.nngp, truth.nngp_stderr, *limit) < 1
+    assert excess(ntk[0], truth.ntk, truth.ntk_stderr, *limit) < 1
+
+
+def test_each_term_of_the_ntk_is_needed():
+    problem, truth = sampled("small logits")
+    of, cross = terms(problem)
+    parts = {
+        "value and output weights": 2 * of.value,
+        "query and key weights": 2 * cross.queries * of.slope,
+        "values": of.value_ntk,
+        "queries": cross.queries_ntk * of.slope,
+        "keys": cross.queries * of.slope_ntk,
+    }
+    limit = truth.ntk, truth.ntk_stderr, problem.present, promised(ATTENTION, 0.25)
+    assert excess(sum(parts.values())[0], *limit) < 1
+    for name in parts:
+        without = sum(part for other, part in parts.items() if other != name)
+        assert excess(without[0], *limit) > 1, name
+
+
+def test_mean_over_nothing_but_correlation_0_fails():
+    problem, truth = sampled("small logits")
+    uncorrelated = terms(problem._replace(scale=1e-12))[0].value
+    limit = truth.nngp, truth.nngp_stderr, problem.present, promised(ATTENTION, 0.25)
+    assert excess(uncorrelated[0], *limit) > 1
+
+
+@pytest.mark.parametrize(("order", "limit"), [(2, 1e-6), (None, 3e-3)])
+def test_softmax_of_each_pair_of_queries(order, limit):
+    problem = oracle.random_problem(5, variance=1.0)
+    size = 5
+    own1, cross, own2 = (
+        problem.scale * problem.keys[rows, columns]
+        for rows, columns in (
+            (slice(size), slice(size)),
+            (slice(size), slice(size, None)),
+            (slice(size, None), slice(size, None)),
+        )
+    )
+    values = problem.values[:size, size:]
+    a, b = np.indices((size, size)).reshape(2, -1)
+    moments = taylor_softmax.joint_second_moment(
+        np.diag(own1)[a, None, None] * own1 / problem.scale,
+        cross[a, b][:, None, None] * cross / problem.scale,
+        np.diag(own2)[b, None, None] * own2 / problem.scale,
+        order=order,
+    )
+    expected = np.sum(np.asarray(moments) * values, (1, 2)).reshape(size, size)
+    value = terms(problem, order=order)[0].value[0]
+    np.testing.assert_allclose(value, expected, atol=limit * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_order_2_closed_form_and_points_agree(causal):
+    problem = oracle.random_problem(4, variance=1.0, ratio=3.0, lengths=(3, 4))
+    exact, cross = terms(problem, order=2, causal=causal)
+    estimate, _ = terms(problem, order=2, causal=causal, method=QuasiMonteCarlo(1 << 13))
+    for a, b in zip(*(attention.assemble(x, cross) for x in (exact, estimate)), strict=True):
+        kept = np.outer(*problem.present)
+        np.testing.assert_allclose(a[0][kept], b[0][kept], atol=3e-3 * np.max(np.abs(a)))
+
+
+# The layer.
+
+
+def identity(inputs, requests, mechanism):
+    """The terms of attention whose weights are the logits themselves."""
+
+    def of(cross):
+        values = cross.keys if cross.values is None else cross.values
+
+        def trace(outer, inner):
+            return jnp.sum(outer * inner, (1, 2), keepdims=True) * jnp.ones_like(cross.keys)
+
+        value, slope = cross.queries * trace(values, cross.keys), trace(values, cross.keys)
+        if cross.keys_ntk is None:
+            return attention.Terms(value)
+        values_ntk = cross.keys_ntk if cross.values_ntk is None else cross.values_ntk
+        return attention.Terms(
+            value,
+            cross.queries * trace(values_ntk, cross.keys),
+            slope,
+            trace(values, cross.keys_ntk),
+        )
+
+    return [of(request.cross) for request in requests]
+
+
+EMBEDDINGS = [
+    {},
+    {"b_std": 0.4},
+    {"pos_emb_type": "SUM", "W_pos_emb_std": 0.7},
+    {"pos_emb_type": "SUM", "val_pos_emb": True, "pos_emb_decay_fn": lambda d: jnp.exp(-d)},
+    {"pos_emb_type": "CONCAT", "n_chan_pos_emb": 7, "W_pos_emb_std": 0.7},
+    {"pos_emb_type": "CONCAT", "val_pos_emb": True},
+]
+
+
+def token_inputs(*shape, padding=True):
+    x = np.random.default_rng(len(shape)).standard_normal(shape)
+    if padding:
+        x[0, -1:] = x[1, -2:] = 7.0
+    return x
+
+
+@pytest.mark.parametrize("spatial", [(4,), (3, 2)])
+@pytest.mark.parametrize("options", EMBEDDINGS)
+@pytest.mark.parametrize("diagonal_batch", [True, False])
+def test_identity_attention_is_that_of_neural_tangents(
+    monkeypatch, spatial, options, diagonal_batch
+):
+    monkeypatch.setattr(attention, "evaluate", identity)
+    body = stax.Conv(16, (3,) * len(spatial), padding="SAME", b_std=0.3), stax.Relu()
+    given = {"linear_scaling": False, "W_query_std": 1.2, "W_out_std": 0.8, **options}
+    *_, ours = stax.serial(*body, stax.GlobalSelfAttention(4, 5, 6, 3, **given))
+    theirs = nt.stax.GlobalSelfAttention(4, 5, 6, 3, attention_mechanism="IDENTITY", **given)
+    *_, theirs = stax.serial(*body, theirs)
+    x1, x2 = token_inputs(3, *spatial, 5), token_inputs(2, *spatial, 5)
+    for inputs in ((x1, None), (x1, x2)):
+        options = {"mask_constant": 7.0, "diagonal_batch": diagonal_batch}
+        kernel, expected = (f(*inputs, **options) for f in (ours, theirs))
+        if expected.is_reversed:
+            expected = expected.reverse()
+        for name in ("nngp", "ntk", "cov1", "cov2"):
+            if getattr(expected, name) is None:
+                assert getattr(kernel, name) is None
+            else:
+                np.testing.assert_allclose(
+                    getattr(kernel, name), getattr(expected, name), rtol=1e-12, atol=1e-12
+                )
+
+
+def attention_layer(**options):
+    return stax.GlobalSelfAttention(4, 5, 6, 3, linear_scaling=False, **options)
+
+
+@pytest.mark.parametrize("options", EMBEDDINGS)
+def test_apply_is_that_of_neural_tangents(options):
+    x = token_inputs(2, 3, 2, 5)
+    init_fn, apply_fn, _ = attention_layer(**options)
+    theirs = nt.stax.GlobalSelfAttention(4, 5, 6, 3, linear_scaling=False, **options)
+    shape, params = init_fn(random.key(0), x.shape)
+    assert shape == (2, 3, 2, 4)
+    outputs, expected = (f(params, x, mask_constant=7.0) for f in (apply_fn, theirs[1]))
+    kept = ~np.broadcast_to(expected.mask, expected.masked_value.shape)
+    np.testing.assert_array_equal(outputs.mask, expected.mask)
+    np.testing.assert_allclose(
+        outputs.masked_value[kept], expected.masked_value[kept], rtol=1e-6, atol=1e-7
+    )
+
+
+def test_causal_outputs_don_t_see_what_comes_later():
+    x = token_inputs(1, 6, 5, padding=False)
+    init_fn, apply_fn, kernel_fn = attention_layer(causal=True, order=4)
+    _, params = init_fn(random.key(0), x.shape)
+    changed = x.copy()
+    changed[:, 4:] += 1.0
+    before, after = apply_fn(params, x), apply_fn(params, changed)
+    np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-12)
+    assert np.all(np.abs(before[:, 4:] - after[:, 4:]) > 1e-6)
+    one, other = (kernel_fn(of, None, "nngp") for of in (x, changed))
+    np.testing.assert_allclose(one[0, 0, :4, :4], other[0, 0, :4, :4], rtol=1e-2)
+    # The first token attends to itself alone.
+    np.testing.assert_allclose(one[0, 0, 0, 0], np.mean(x[0, 0] ** 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_finite_networks(causal):
+    width, n_networks, size = 256, 600, 3
+    x1, x2 = token_inputs(2, 1, size, 6, padding=False)
+    x2 = 0.7 * x1 + 0.7 * x2
+
+    def network(n):
+        attend = stax.GlobalSelfAttention(
+            4, n, 2, 2, linear_scaling=False, W_query_std=1.5, W_out_std=1.2, b_std=0.1,
+            causal=causal,
+        )  # fmt: skip
+        return stax.serial(stax.Dense(n, W_std=1.4), stax.Relu(), attend)
+
+    init_fn, apply_fn, kernel_fn = network(width)
+    ntk_fn = nt.empirical_ntk_fn(apply_fn, trace_axes=(-1,), diagonal_axes=())
+
+    def one(key):
+        _, params = init_fn(key, x1.shape)
+        outputs = apply_fn(params, x1)[0], apply_fn(params, x2)[0]
+        return outputs[0] @ outputs[1].T / 4, ntk_fn(x1, x2, params)[0, 0]
+
+    keys = random.split(random.key(1), n_networks)
+    samples = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
+    kernel = kernel_fn(x1, x2)
+    # Beside the error of sampling, the 1 / width of finite networks.
+    for sample, exact in zip(samples, (kernel.nngp[0, 0], kernel.ntk[0, 0]), strict=True):
+        mean, stderr = jnp.mean(sample, 0), jnp.std(sample, 0) / n_networks**0.5
+        bias = 3 / width * np.max(np.abs(exact))
+        np.testing.assert_array_less(np.abs(mean - exact), LARGEST_Z * stderr + bias)
+    # What this sees: 2 % of the terms of the incoming NTK.
+    assert np.max(stderr) * 2 < 0.02 * np.max(np.abs(exact))
+
+
+def test_values_are_averaged_without_logits():
+    x = token_inputs(2, 5, 4, padding=False)
+    *_, kernel_fn = attention_layer(W_query_std=0.0, W_value_std=1.3, b_std=0.2)
+    kernel = kernel_fn(x)
+    means = np.mean(x, 1)
+    expected = 1.3**2 * (means @ means.T / 4)[:, :, None, None] + 0.04
+    np.testing.assert_allclose(kernel.nngp, np.broadcast_to(expected, (2, 2, 5, 5)), atol=1e-6)
+
+
+def test_one_token():
+    x = token_inputs(3, 1, 4, padding=False)
+    *_, kernel_fn = attention_layer(W_out_std=1.3, b_std=0.2)
+    flat = x[:, 0]
+    expected = 1.3**2 * flat @ flat.T / 4 + 0.04
+    np.testing.assert_allclose(kernel_fn(x).nngp[:, :, 0, 0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 2}])
+def test_tokens_in_another_order(options):
+    x = token_inputs(2, 5, 4, padding=False)
+    order = np.array([3, 0, 4, 2, 1])
+    *_, kernel_fn = attention_layer(**options)
+    nngp, permuted = kernel_fn(x).nngp, kernel_fn(x[:, order]).nngp
+    limit = 1e-6 if options else 3 * promised(ATTENTION, 1.0)
+    expected = nngp[:, :, order][..., order]
+    np.testing.assert_allclose(permuted, expected, atol=limit * np.max(np.abs(nngp)))
+
+
+def test_inputs_with_others_and_with_themselves():
+    x1, x2 = token_inputs(3, 4, 5), token_inputs(2, 4, 5)
+    *_, kernel_fn = stax.serial(stax.Dense(1), attention_layer(W_query_std=1.5))
+    options = {"mask_constant": 7.0, "diagonal_batch": False}
+    both, whole = kernel_fn(x1, x2, **options), kernel_fn(np.concatenate([x1, x2]), **options)
+    for name, rows, columns in (
+        ("nngp", slice(3), slice(3, None)),
+        ("ntk", slice(3), slice(3, None)),
+        ("cov1", slice(3), slice(3)),
+        ("cov2", slice(3, None), slice(3, None)),
+    ):
+        expected = getattr(whole, "nngp" if name != "ntk" else name)[rows, columns]
+        np.testing.assert_allclose(getattr(both, name), expected, atol=1e-9)
+    diagonal = kernel_fn(x1, x2, mask_constant=7.0, diagonal_batch=True)
+    np.testing.assert_allclose(diagonal.cov1, np.moveaxis(np.diagonal(both.cov1), -1, 0), atol=1e-9)
+    # Rows and columns of padding are 0, all others as of `attention_second_moment`.
+    assert np.all(both.nngp[0, :, -1] == 0)
+    gram = np.einsum("npc,mqc->nmpq", x1, x1)[1, 1] / 5
+    short = gram[:2, :2]
+    moment = taylor_softmax.attention_second_moment(short, short, short, scale=1.5**2, ntk12=short)
+    for value, expected in zip((whole.nngp, whole.ntk), moment, strict=True):
+        np.testing.assert_allclose(value[1, 1, :2, :2], expected, rtol=2e-2)
+
+
+def test_symmetric_and_positive_semi_definite():
+    x = token_inputs(20, 4, 5, padding=False)
+    *_, kernel_fn = stax.serial(stax.LayerNorm(), attention_layer(W_query_std=1.3))
+    kernel = kernel_fn(x)
+    for of in (kernel.nngp, kernel.ntk):
+        matrix = np.transpose(of, (0, 2, 1, 3)).reshape(80, 80)
+        np.testing.assert_array_equal(matrix, matrix.T)
+        values = np.linalg.eigvalsh(matrix)
+        assert values[0] > -promised(ATTENTION, 4.0) * values[-1]
+
+
+def transformer(depth, last, **options):
+    def residual(*layers):
+        body = stax.serial(stax.LayerNorm(), *layers)
+        return stax.FanOut(2), stax.parallel(stax.Identity(), body), stax.FanInSum()
+
+    attend = functools.partial(attention_layer, W_query_std=1.5, **options)
+    block = (
+        *residual(attend()),
+        *residual(stax.Dense(1, W_std=1.4, b_std=0.1), stax.Relu(), stax.Dense(1)),
+    )
+    return stax.serial(stax.Dense(1), *block * depth, last, stax.Dense(1))
+
+
+@pytest.mark.filterwarnings("ignore:`FanIn`")
+@pytest.mark.parametrize("depth", [6, 12])
+def test_transformer_is_finite_in_float32(depth):
+    x = token_inputs(3, 4, 5, padding=False).astype(np.float32)
+    x[2] = x[1] + 1e-4
+    *_, kernel_fn = transformer(depth, stax.GlobalAvgPool(), pos_emb_type="SUM")
+    kernel = kernel_fn(x)
+    for of in (kernel.nngp, kernel.ntk):
+        assert of.dtype == np.float32
+        assert np.all(np.isfinite(of))
+        values = np.linalg.eigvalsh(of.astype(float))
+        assert values[0] > -1e-4 * values[-1]
+
+
+@pytest.mark.filterwarnings("ignore:`FanIn`")
+def test_causal_transformer_ends_in_its_last_token():
+    x = token_inputs(2, 4, 5, padding=False).astype(np.float32)
+    last = stax.serial(stax.Index((slice(None), -1)), stax.Identity())
+    *_, kernel_fn = transformer(2, last, causal=True)
+    kernel = kernel_fn(x)
+    assert kernel.nngp.shape == (2, 2)
+    assert np.all(np.isfinite(kernel.ntk))
+
+
+def test_compiled_and_differentiated():
+    x = token_inputs(2, 3, 4, padding=False)
+    x[0, 1] = x[0, 0]
+
+    def total(std, order=None):
+        *_, kernel_fn = attention_layer(W_query_std=std, order=order)
+        return jnp.sum(kernel_fn(x, None, "ntk") ** 2)
+
+    for order, limit in ((None, 2e-2), (2, 1e-4)):
+        slope = jax.jit(jax.grad(functools.partial(total, order=order)))(1.2)
+        step = 1e-3
+        difference = (total(1.2 + step, order) - total(1.2 - step, order)) / (2 * step)
+        np.testing.assert_allclose(slope, difference, rtol=limit)
+    assert np.isfinite(jax.grad(total)(0.0))
+
+
+# Errors.
+
+
+def test_arguments():
+    cov = np.eye(3)
+    moment = functools.partial(taylor_softmax.attention_second_moment, cov, cov, cov)
+    half = taylor_softmax.attention_second_moment(*(cov.astype(np.float16),) * 3)
+    assert half.nngp.dtype == np.float16
+    assert half.ntk is None
+    with pytest.raises(ValueError, match=r"`values12` must have shape \(3, 3\), got \(2, 2\)"):
+        moment(values12=np.eye(2))
+    with pytest.raises(ValueError, match="`values_ntk12` is part of the NTK"):
+        moment(values_ntk12=cov)
+    with pytest.raises(TypeError, match="`causal` must be a boolean"):
+        moment(causal=1)
+    with pytest.raises(ValueError, match="does not apply to attention with softmax"):
+        moment(method=Direct())
+    with pytest.raises(ValueError, match="`scale` must be a number"):
+        moment(scale=np.ones(3))
+    with pytest.raises(TypeError, match="`cov11` must be a real number"):
+        taylor_softmax.attention_second_moment(1j * cov, cov, cov)
+
+
+def test_layer_arguments():
+    with pytest.raises(ValueError, match="`causal` and `order` apply to softmax attention"):
+        stax.GlobalSelfAttention(4, 5, 6, 3, causal=True, order=2)
+    with pytest.raises(ValueError, match="does not apply to attention"):
+        attention_layer(method=Series())
+    with pytest.raises(ValueError, match="one spatial axis"):
+        attention_layer(causal=True)[2](token_inputs(2, 3, 2, 5))
+    with pytest.raises(ValueError, match="one spatial axis"):
+        attention_layer(causal=True)[0](random.key(0), (2, 3, 2, 5))
+    # What neural_tangents has stays with it.
+    *_, kernel_fn = stax.GlobalSelfAttention(4, 5, 6, 3, attention_mechanism="RELU")
+    assert np.all(np.isfinite(kernel_fn(token_inputs(2, 3, 5)).ntk))
+    assert layer.GlobalSelfAttention is stax.GlobalSelfAttention
