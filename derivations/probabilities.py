@@ -38,6 +38,22 @@ def positive_terms(inverse: sp.Symbol, expression: sp.Expr) -> Any:
     return polynomial.as_expr().subs({shifted: 1 + MEAN, power: inverse})
 
 
+def deviation(inverse: sp.Symbol, excess: sp.Symbol, log_phi: Any) -> Any:
+    """Tilted mean of `f_2(z)` less `f_2(mean)`, as a product with the variance.
+
+    What the two have in common is taken out before there are numbers to subtract.
+    """
+    shifted = sp.Symbol("shifted", real=True)
+    difference = -sp.diff(log_phi, T) - taylor_polynomial(MEAN, 2)
+    quotient: Any = sp.cancel(difference * (1 + T * VARIANCE) ** 2 / VARIANCE)
+    by_mean = sp.Poly(sp.expand(quotient.subs(MEAN, shifted - 1)), shifted)
+    terms = [
+        sp.factor(coefficient).subs(T * VARIANCE, excess) * (1 + MEAN) ** power
+        for (power,), coefficient in by_mean.terms()
+    ]
+    return VARIANCE * inverse**2 * sp.Add(*terms)
+
+
 def module() -> Module:
     rational, determinant = log_transform()
     log_phi = rational - sp.log(determinant) / 2
@@ -58,6 +74,11 @@ def module() -> Module:
                 pull * determinant * inverse - T / 2 - sp.Function("log1p")(excess) / 2,
             ),
             ("tilted_mean", "-d log phi / dt", positive_terms(inverse, -sp.diff(log_phi, T))),
+            (
+                "deviation",
+                "-d log phi / dt - f_2(mean)",
+                deviation(inverse, excess, log_phi),
+            ),
             (
                 "tilted_variance",
                 "d^2 log phi / dt^2",

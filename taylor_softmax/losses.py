@@ -20,7 +20,8 @@ def cross_entropy(
 
     - in logits: `p` is their softmax, or their Taylor softmax (de Brebisson & Vincent 2016, arXiv
       1511.05042, eq. 5) if `order` is given. Computed from `log f(z_i) - log sum_j f(z_j)`: finite,
-      as is its gradient, for logits of any size up to 1e37.
+      as is its gradient, for logits of any size up to 1e37. A logit of `-inf` excludes its class:
+      infinite where that is the target, and as if it were not there otherwise.
     - in `stax.Softmax` or `stax.TaylorSoftmax`: pass `probabilities=True`; `p` is the output. A
       linearised network can leave the simplex. Below `eps`, the rounding error of 1, the logarithm
       goes on along its tangent: the loss stays convex and differentiable, and drives outputs back.
@@ -51,14 +52,20 @@ def cross_entropy(
                 f"`y` must have the shape of `fx`, {jnp.shape(fx)}, got {jnp.shape(y)}. Pass "
                 "one-hot targets, such as `jax.nn.one_hot(labels, n_classes)`."
             )
-        return -jnp.mean(jnp.sum(y * log_probabilities(fx), axis=-1))
+        log_p = log_probabilities(fx)
+        # Where the target is 0 the term is, also of a class that can't be: 0 times -inf is not.
+        terms = y * jnp.where((y == 0) & jnp.isneginf(log_p), 0, log_p)
+        return -jnp.mean(jnp.sum(terms, axis=-1))
 
     return loss
 
 
 def _log_softmax(surrogate: Surrogate) -> Callable[[Array], Array]:
     def log_softmax(fx: Array) -> Array:
-        return nn.log_softmax(surrogate.log_value(fx))
+        # `-inf` excludes a class; a Taylor polynomial of it would be infinite.
+        excluded = jnp.isneginf(fx)
+        log_f = surrogate.log_value(jnp.where(excluded, 0, fx))
+        return nn.log_softmax(jnp.where(excluded, -jnp.inf, log_f))
 
     return log_softmax
 

@@ -46,7 +46,7 @@ class QuasiMonteCarlo(Method):
       TypeError, ValueError: `n_points` is not a positive integer.
     """
 
-    n_points: Validated[int] = 1 << 12
+    n_points: Validated[int] = 1 << 13
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_points", check_integer("n_points", self.n_points, least=1))

@@ -1,6 +1,6 @@
-"""Class probabilities from a Gaussian posterior over logits."""
+"""Class probabilities: of Gaussian logits, and of the posterior given labels."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,27 @@ from jax.typing import ArrayLike
 
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.surrogate import parse
+from taylor_softmax._probabilities import log_normalizer
 from taylor_softmax._probabilities import moments as class_moments
+from taylor_softmax._probabilities.posterior import (
+    CategoricalPosterior,
+    ClassPosterior,
+    LogitPosterior,
+    categorical_inference,
+    categorical_log_evidence,
+)
 
-
-class ClassPosterior(NamedTuple):
-    """Class probabilities `y` under a Gaussian posterior over logits.
-
-    Attributes:
-      probabilities: `E[y]`, shape `(..., C)`.
-      covariance: `Cov[y]`, shape `(..., C, C)`: how uncertain the posterior is of them.
-    """
-
-    probabilities: Array
-    covariance: Array
+__all__ = [
+    "CategoricalPosterior",
+    "ClassPosterior",
+    "LogitPosterior",
+    "categorical_inference",
+    "categorical_log_evidence",
+    "class_posterior",
+    "class_probabilities",
+    "class_probability_covariance",
+    "expected_log_normalizer",
+]
 
 
 def class_probabilities(
@@ -41,16 +49,16 @@ def class_probabilities(
     have a Gaussian posterior, which others approximate by the softmax of scaled means or by
     samples.
 
-    Largest error for variances up to 100, as tested: 2e-7 in float64, 2e-6 in float32. Values stay
-    finite beyond. Probabilities are divided by their sum, which differs from 1 by about the error:
-    that they sum to 1 says nothing about it.
+    Largest error for up to 1,000 classes and variances up to 1e4, as tested: 1e-6 in float64, 1e-5
+    in float32. Values stay finite beyond. Probabilities are divided by their sum, which differs
+    from 1 by about the error: that they sum to 1 says nothing about it.
 
     Differentiable in both arguments, to any order, at variance 0 too. Computed in blocks of points,
     each by the cheapest rule that is fine enough for it. Give many points as leading axes: under
     `vmap` every point is computed by all of the rules.
 
     Args:
-      mean: means of the logits, shape `(..., C)`.
+      mean: means of the logits, shape `(..., C)`; `-inf` excludes a class, whose probability is 0.
       variance: their variances, nonnegative, in units of a logit squared; broadcast to the shape of
         `mean` by NumPy's rules, so that one variance per point has shape `(..., 1)`, one per class
         `(C,)`, and one for everything `()`.
@@ -86,6 +94,34 @@ def class_probability_covariance(
       `diag(p) - p p^T` with `p` the `class_probabilities`.
     """
     return _covariance(_moments(mean, variance, order, covariance=True))
+
+
+def expected_log_normalizer(mean: Validated[ArrayLike], variance: Validated[ArrayLike]) -> Array:
+    """`E[log sum_j exp z_j]` for independent Gaussian logits `z_j ~ N(mean_j, variance_j)`.
+
+    With it the expected log-likelihood of a label is `mean_y - E[log sum_j exp z_j]`, as
+    variational inference needs it. One integral, that of `class_probabilities`: see the docstring
+    of the module `taylor_softmax._probabilities.log_normalizer`.
+
+    Largest error for up to 1,000 classes and variances up to 1e4, over the larger of 1 and the
+    value: 1e-6 in float64, 1e-5 in float32.
+
+    Differentiable to any order. The gradient in the means is `class_probabilities(mean, variance)`
+    and that in the variances `E[y (1 - y)] / 2`; both come at the cost of the value.
+
+    Args:
+      mean: means of the logits, shape `(..., C)`; `-inf` excludes a class.
+      variance: their variances, nonnegative; broadcast to the shape of `mean`.
+
+    Returns:
+      Expectations in nats, shape `(...)`.
+
+    Raises:
+      TypeError: the arguments are not real.
+      ValueError: `mean` has no axis of classes, or `variance` does not broadcast to its shape.
+    """
+    batch, mean, variance = _rows(mean, variance)
+    return log_normalizer.expected_log_normalizer(mean, variance).reshape(batch)
 
 
 def class_posterior(gaussian: Any, *, order: Validated[int | None] = None) -> ClassPosterior:
@@ -143,6 +179,15 @@ def _moments(
     covariance: bool,
 ) -> class_moments.Moments:
     surrogate = parse(order)
+    batch, mean, variance = _rows(mean, variance)
+    moments = class_moments.moments(mean, variance, surrogate, covariance)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), moments)
+
+
+def _rows(
+    mean: Validated[ArrayLike], variance: Validated[ArrayLike]
+) -> tuple[tuple[int, ...], Array, Array]:
+    """The shape of the batch, means and variances `(N, C)`, or what is wrong with them."""
     mean, variance = jnp.asarray(mean), jnp.asarray(variance)
     for name, array in (("mean", mean), ("variance", variance)):
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -161,14 +206,11 @@ def _moments(
             f"`variance` must broadcast to the shape {mean.shape} of `mean`, got {variance.shape}. "
             "Give one variance per point the shape (..., 1): `variance[..., None]`."
         )
+    batch = mean.shape[:-1]
     dtype = jnp.result_type(float, mean, variance)
-    *batch, n_classes = mean.shape
-    rows = (
-        x.astype(dtype).reshape(-1, n_classes)
-        for x in (mean, jnp.broadcast_to(variance, mean.shape))
-    )
-    moments = class_moments.moments(*rows, surrogate=surrogate, covariance=covariance)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), moments)
+    variance = jnp.broadcast_to(variance, mean.shape)
+    mean, variance = (x.astype(dtype).reshape(-1, mean.shape[-1]) for x in (mean, variance))
+    return batch, mean, variance
 
 
 def _covariance(moments: class_moments.Moments) -> Array:

@@ -62,6 +62,10 @@ class Surrogate(abc.ABC):
         """`log f(z)`, of the shape of `z`; finite and differentiable for `|z|` up to 1e37."""
 
     @abc.abstractmethod
+    def relative_change(self, z: Array, step: Array) -> Array:
+        """`f(z + step) / f(z) - 1`, relative to which the error is of the order of rounding."""
+
+    @abc.abstractmethod
     def normalised(self, x: Array, variance: Array) -> tuple[Array, Array]:
         """`f(sigma x) / E[f]` and `f'(sigma x) / E[f]` with `E[f] = E[f(sigma X)]`, `X ~ N(0, 1)`.
 
@@ -141,6 +145,9 @@ class Exponential(Surrogate):
     def log_value(self, z: Array) -> Array:
         return z
 
+    def relative_change(self, z: Array, step: Array) -> Array:
+        return jnp.expm1(step)
+
     def normalised(self, x: Array, variance: Array) -> tuple[Array, Array]:
         value = jnp.exp(jnp.sqrt(variance) * x - variance / 2)
         return value, value
@@ -179,6 +186,17 @@ class TaylorPolynomial(Surrogate):
         # What a common power of numerator and denominator is to `softmax`, each entry has here.
         scale = self._scale(jnp.abs(z))
         return jnp.log(self._scaled(z, scale)) + self.order * jnp.log(scale)
+
+    def relative_change(self, z: Array, step: Array) -> Array:
+        roots = _quadratic_factors(self.order)
+        logarithm = jnp.zeros_like(z * step)
+        for real, imag in zip(roots.real, roots.imag, strict=True):
+            # ((z + step - real)^2 + imag^2) / ((z - real)^2 + imag^2), by factors that are finite.
+            size = jnp.maximum(jnp.abs(z - real), imag)
+            distance, shift = (z - real) / size, step / size
+            change = shift * (2 * distance + shift) / (distance**2 + (imag / size) ** 2)
+            logarithm = logarithm + jnp.log1p(change)
+        return jnp.expm1(logarithm)
 
     def normalised(self, x: Array, variance: Array) -> tuple[Array, Array]:
         z = jnp.sqrt(variance) * x

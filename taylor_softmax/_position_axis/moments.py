@@ -168,6 +168,8 @@ def second_moments(
       one, two: inputs, leading axes `n1` and `n2`.
       first, second: `(pairs,)`, the indices in `one` and `two` of each pair.
     """
+    # Outside the loop over pairs, in which they would be laid out once a pair.
+    blocks = _blocks(method, cov12.shape[-1], cov12.dtype)
 
     def pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array | None]:
         i, j, cov12, theta = args
@@ -177,7 +179,7 @@ def second_moments(
             for x in (cov12, theta)
         )
         if not surrogate.has_closed_form:
-            return _estimate(left, right, cov12, theta, surrogate, method)
+            return _estimate(left, right, cov12, theta, surrogate, blocks)
         if theta is None:
             return closed_form.second_moment(left, right, cov12), None
         return closed_form.moment_and_slope(left, right, cov12, theta)
@@ -222,69 +224,111 @@ def _estimate(
     cov12: Array,
     theta: Array | None,
     surrogate: Surrogate,
-    method: Method,
+    blocks: Array | None,
 ) -> tuple[Array, Array | None]:
     """The second moment and its derivative of one pair, with points or by the series alone."""
     of_one, of_two = one.components, two.components
     uncorrelated = of_one.linear(cov12, of_two)
     moment = of_one.mean[:, None] * of_two.mean + uncorrelated
-    if not isinstance(method, QuasiMonteCarlo):
+    if blocks is None:
         moment = moment + of_one.quadratic(cov12, cov12, of_two) / 2
         if theta is None:
             return moment, None
         return moment, of_one.linear(theta, of_two) + of_one.quadratic(cov12, theta, of_two)
 
-    sampled = _Sampled(one, two, cov12, surrogate, method.n_points)
-    if of_one.curvature is None:
-        nodes, lowest = _NODES_WITHOUT_CURVATURE, 1
-    else:
-        nodes, lowest = _NODES, 3
-    even_weights, odd_weights = (sampling.integral_weights(nodes, k) for k in (2, lowest))
-    if lowest == 3:
+    known = of_one.curvature is not None
+    nodes = _NODES if known else _NODES_WITHOUT_CURVATURE
+    even_weights, odd_weights = (
+        sampling.integral_weights(nodes, first) for first in (2, 3 if known else 1)
+    )
+    if known:
         # Taken off the odd part at each node, and integrated.
         share = 0.5 - sum(w * r for w, r in zip(odd_weights, nodes, strict=True))
         moment = moment + share * of_one.quadratic(cov12, cov12, of_two)
-    for r, even_weight, odd_weight in zip(nodes, even_weights, odd_weights, strict=True):
-        at_r = sampled.at(r)
-        plus, minus = (sampled.derivative(at, cov12) for at in (at_r, at_r.mirrored()))
-        even = (plus + minus) / 2 + sampled.missed(at_r, cov12) - uncorrelated
+    means = _sample(one, two, cov12, theta, nodes, surrogate, blocks)
+    left_missed = of_one.slope - means.left
+
+    def missed(right: Array, inner: Array) -> Array:
+        """What `E[J C J'^T]` misses for the sample means of `J` being off `B`, to first order."""
+        first = matmul(matmul(left_missed, inner), of_two.slope.T)
+        return first + matmul(matmul(of_one.slope, inner), (of_two.slope - right).T)
+
+    for (plus, minus, right), even_weight, odd_weight in zip(
+        means.at_nodes, even_weights, odd_weights, strict=True
+    ):
+        even = (plus + minus) / 2 + missed(right, cov12) - uncorrelated
         moment = moment + even_weight * even + odd_weight * (plus - minus) / 2
     if theta is None:
         return moment, None
-    at_1 = sampled.at(1.0)
-    return moment, sampled.derivative(at_1, theta) + sampled.missed(at_1, theta)
+    derivative, right = means.at_one
+    return moment, derivative + missed(right, theta)
 
 
-class _Sampled:
-    """One pair at its points."""
+class _Means(NamedTuple):
+    """Means over points of one pair; `J` and `J'` are the Jacobians of its two inputs.
 
-    def __init__(
-        self, one: Expansion, two: Expansion, cov12: Array, surrogate: Surrogate, n_points: int
-    ):
-        self._one, self._two, self._surrogate = one, two, surrogate
-        size = len(cov12)
-        z = sampling.normal_points(n_points, 3 * size, cov12.dtype, sampling.PAIRS)
-        slope, rest, _ = sampling.correlate(one.root, two.root, cov12)
+    Attributes:
+      left: of `J`.
+      at_nodes: for each r, of `J K12 J'^T` at r and at -r, and of `J'`.
+      at_one: of `J Theta J'^T` at r = 1, and of `J'`; None without `Theta`.
+    """
+
+    left: Array
+    at_nodes: tuple[tuple[Array, Array, Array], ...]
+    at_one: Any
+
+
+def _sample(
+    one: Expansion,
+    two: Expansion,
+    cov12: Array,
+    theta: Array | None,
+    nodes: tuple[float, ...],
+    surrogate: Surrogate,
+    blocks: Array,
+) -> _Means:
+    """Args: `blocks` of points, `(blocks, 3 S, points)`."""
+    size = len(cov12)
+    slope, rest, _ = sampling.correlate(one.root, two.root, cov12)
+
+    def block(z: Array) -> _Means:
         first, second, third = z[:size], z[size : 2 * size], z[2 * size :]
-        self._correlated = matmul(slope.T, first) + matmul(rest, second)
-        self._independent = matmul(two.root.root, third)
-        logits = matmul(one.root.root, first)
-        self._left = sampling.outputs(logits, one.present, surrogate)
-        self._left_missed = one.components.slope - self._left.mean_jacobian()
+        correlated = matmul(slope.T, first) + matmul(rest, second)
+        independent = matmul(two.root.root, third)
+        left = sampling.outputs(matmul(one.root.root, first), one.present, surrogate)
+        at_nodes = []
+        for r in nodes:
+            z = r * correlated + np.sqrt(1 - r * r) * independent
+            right = sampling.outputs(z, two.present, surrogate)
+            both = (sampling.jacobian_product(left, at, cov12) for at in (right, right.mirrored()))
+            at_nodes.append((*both, right.mean_jacobian()))
+        at_one = None
+        if theta is not None:
+            right = sampling.outputs(correlated, two.present, surrogate)
+            at_one = sampling.jacobian_product(left, right, theta), right.mean_jacobian()
+        return _Means(left.mean_jacobian(), tuple(at_nodes), at_one)
 
-    def at(self, r: float) -> sampling.Outputs:
-        """The outputs of the second input, at `v_r`."""
-        z = self._correlated
-        if r < 1:
-            z = r * z + np.sqrt(1 - r * r) * self._independent
-        return sampling.outputs(z, self._two.present, self._surrogate)
+    if len(blocks) == 1:
+        return block(blocks[0])
 
-    def derivative(self, right: sampling.Outputs, inner: Array) -> Array:
-        """`G` of the points, at the `r` that `right` is of."""
-        return sampling.jacobian_product(self._left, right, inner)
+    def add(total: _Means, z: Array) -> tuple[_Means, None]:
+        return jax.tree.map(jnp.add, total, block(z)), None
 
-    def missed(self, right: sampling.Outputs, inner: Array) -> Array:
-        """What `derivative` misses for the sample means of `J` being off `B`, to first order."""
-        of_one, of_two = self._one.components.slope, self._two.components.slope
-        left = matmul(matmul(self._left_missed, inner), of_two.T)
-        return left + matmul(matmul(of_one, inner), (of_two - right.mean_jacobian()).T)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(block, blocks[0]))
+    total, _ = lax.scan(jax.checkpoint(add), start, blocks)
+    return jax.tree.map(lambda x: x / len(blocks), total)
+
+
+def _blocks(method: Method, size: int, dtype: Any) -> Array | None:
+    """Points of all pairs, `(blocks, 3 S, points)`, if the method uses any.
+
+    On a CPU the arrays of a block stay in the cache of the second level: in one block the 8,192
+    points take 1.9 times as long (8, 16 and 32 positions, float32, measured).
+    """
+    if not isinstance(method, QuasiMonteCarlo):
+        return None
+    n, at_once = method.n_points, 1 << max(7, 13 - (size - 1).bit_length())
+    if jax.default_backend() != "cpu" or n % at_once:
+        at_once = n
+    points = sampling.normal_points(n, 3 * size, dtype, sampling.PAIRS)
+    return jnp.swapaxes(points.reshape(3 * size, -1, at_once), 0, 1)

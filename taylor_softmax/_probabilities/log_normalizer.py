@@ -1,0 +1,70 @@
+"""`E[log sum_j exp z_j]` of independent Gaussian logits, and its derivatives.
+
+The largest of `z_j + g_j`, with independent standard Gumbel `g_j`, exceeds `log sum_j exp z_j` by a
+Gumbel variable, and lies below `-s` with probability `w(s)` (notation of `moments`). So
+
+    E[log sum_j exp z_j] = -gamma - int s w m ds,
+
+gamma being Euler's constant: one more sum in the rule of the probabilities. Its derivatives in the
+means are `p`, those in the variances, by the heat equation, half of
+
+    lambda_i = E[y_i (1 - y_i)] = int w a_i (m - a_i) ds,
+
+which needs no second moments.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from taylor_softmax._numerics.surrogate import Exponential, Surrogate
+from taylor_softmax._probabilities.moments import in_blocks, integrand
+from taylor_softmax._probabilities.rules import Logits, Rule
+
+
+class LogNormalizer(NamedTuple):
+    """Of points `(N, C)`.
+
+    Attributes:
+      value: `E[log sum_j exp z_j]`, `(N,)`.
+      mean: `p = E[y]`, its gradient in the means, `(N, C)`.
+      curvature: `E[y (1 - y)]`, twice its gradient in the variances, `(N, C)`.
+    """
+
+    value: Array
+    mean: Array
+    curvature: Array
+
+
+def log_normalizer(mean: Array, variance: Array) -> LogNormalizer:
+    """For logits of the given means and variances, both `(N, C)`; `-inf` excludes a class."""
+    largest = lax.stop_gradient(jnp.max(mean, axis=1))
+    shifted: LogNormalizer = in_blocks(_by_rule, mean - largest[:, None], variance, Exponential())
+    return shifted._replace(value=shifted.value + largest)
+
+
+@jax.custom_jvp
+def expected_log_normalizer(mean: Array, variance: Array) -> Array:
+    """`E[log sum_j exp z_j]`, `(N, C)` to `(N,)`."""
+    return log_normalizer(mean, variance).value
+
+
+@expected_log_normalizer.defjvp
+def _expected_log_normalizer_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    value, p, curvature = log_normalizer(*primals)
+    return value, jnp.sum(p * tangents[0] + curvature * tangents[1] / 2, axis=1)
+
+
+def _by_rule(logits: Logits, rule: Rule, surrogate: Surrogate) -> LogNormalizer:
+    s, w, each = integrand(logits, rule, surrogate, second=False)
+    a = each.mean
+    m = jnp.sum(a, axis=2, keepdims=True)
+    p = jnp.sum(w[..., None] * a, axis=0)
+    total = jnp.sum(p, axis=1)
+    p, w = p / total[:, None], w / total
+    curvature = jnp.sum(w[..., None] * a * (m - a), axis=0)
+    value = -np.euler_gamma - jnp.sum(w * m[..., 0] * s, axis=0)
+    return LogNormalizer(value, p, curvature)

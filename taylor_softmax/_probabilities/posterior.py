@@ -1,0 +1,338 @@
+"""The posterior of logits given class labels, and what it says of test inputs."""
+
+import dataclasses
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.scipy.linalg import solve_triangular
+from jax.typing import ArrayLike
+
+from taylor_softmax._numerics.arguments import Validated, check_integer
+from taylor_softmax._numerics.precision import matmul
+from taylor_softmax._numerics.surrogate import Exponential
+from taylor_softmax._probabilities import inference
+from taylor_softmax._probabilities.inference import Sites
+from taylor_softmax._probabilities.moments import moments
+
+# Of a kernel's asymmetry, over its largest entry: what rounding in float32 leaves.
+_SYMMETRY = 1e-4
+
+
+class ClassPosterior(NamedTuple):
+    """Class probabilities `y` under a Gaussian posterior over logits.
+
+    Attributes:
+      probabilities: `E[y]`, shape `(..., C)`.
+      covariance: `Cov[y]`, shape `(..., C, C)`: how uncertain the posterior is of them; or None.
+    """
+
+    probabilities: Array
+    covariance: Array | None
+
+
+class LogitPosterior(NamedTuple):
+    """Gaussian posterior over logits, independent over classes; both `(N, C)`."""
+
+    mean: Array
+    variance: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CategoricalPosterior:
+    """The posterior `q(z) = prod_c N(K alpha_c, (K^-1 + diag omega_c)^-1)` over logits.
+
+    Attributes:
+      log_evidence: a lower bound of `log p(y)`, in nats.
+      alpha: `K^-1` times the mean of the logits at the training inputs, `(N, C)`. At the optimum
+        `y - p`: what a label differs by from its expected probability.
+      site_precision: `omega`, `(N, C)`.
+      converged: whether `residual` is at most the tolerance.
+      iterations: how often the bound was evaluated.
+      residual: how far from the optimum: see `categorical_inference`.
+      history: bound and residual by iteration, `(iterations, 2)`.
+    """
+
+    log_evidence: Array
+    alpha: Array
+    site_precision: Array
+    converged: bool
+    iterations: int
+    residual: float
+    history: np.ndarray
+    k_train_train: Array
+
+    def __call__(
+        self,
+        k_test_train: Validated[ArrayLike],
+        k_test_test: Validated[ArrayLike],
+        *,
+        covariance: Validated[bool] = False,
+        latent: Validated[bool] = False,
+    ) -> ClassPosterior | LogitPosterior:
+        """Class probabilities at test inputs.
+
+        Args:
+          k_test_train: kernel of test with training inputs, `(M, N)`.
+          k_test_test: kernel of test inputs, `(M, M)`, or its diagonal `(M,)`, all that is used.
+          covariance: whether to return `Cov[y]`, `(M, C, C)`, too.
+          latent: whether to return means and variances of the logits instead, `(M, C)` each.
+
+        Raises:
+          ValueError: shapes don't match, or the kernel is not finite.
+        """
+        cross, prior = jnp.asarray(k_test_train), jnp.asarray(k_test_test)
+        n_train = len(self.alpha)
+        if cross.ndim != 2 or cross.shape[1] != n_train:
+            raise ValueError(
+                f"`k_test_train` must have shape (M, {n_train}) for {n_train} training inputs, got "
+                f"{cross.shape}. Test inputs come first: `kernel_fn(x_test, x_train)`."
+            )
+        n_test = len(cross)
+        if prior.shape not in ((n_test,), (n_test, n_test)):
+            raise ValueError(
+                f"`k_test_test` must have shape ({n_test}, {n_test}) or ({n_test},), its diagonal, "
+                f"got {prior.shape}."
+            )
+        check_finite("k_test_train", cross)
+        check_finite("k_test_test", prior)
+        prior = jnp.diagonal(prior) if prior.ndim == 2 else prior
+        logits = _latent(self.k_train_train, Sites(self.alpha, self.site_precision), cross, prior)
+        if latent:
+            return logits
+        result = moments(*logits, Exponential(), covariance)
+        return ClassPosterior(result.mean, result.covariance)
+
+
+@jax.jit
+def _latent(kernel: Array, sites: Sites, cross: Array, prior: Array) -> LogitPosterior:
+    def variance(precision: Array) -> Array:
+        lower, _ = inference.factor(kernel, precision)
+        half = solve_triangular(lower, jnp.sqrt(precision)[:, None] * cross.T, lower=True)
+        return prior - jnp.sum(half**2, axis=0)
+
+    variances = jax.lax.map(variance, sites.precision.T).T
+    floor = jnp.finfo(kernel.dtype).eps * prior[:, None]
+    return LogitPosterior(matmul(cross, sites.alpha), jnp.maximum(variances, floor))
+
+
+def categorical_inference(
+    k_train_train: Validated[ArrayLike],
+    y_train: Validated[ArrayLike],
+    *,
+    n_classes: Validated[int | None] = None,
+    tol: Validated[float] = 1e-4,
+    max_iterations: Validated[int] = 100,
+    damping: Validated[float] = 1.0,
+    init: Validated[CategoricalPosterior | None] = None,
+    progress: Validated[bool] = False,
+) -> CategoricalPosterior:
+    """Posterior of a Gaussian process with a softmax on top, given class labels.
+
+    The model of an infinitely wide network that ends in a softmax: logits `z_c ~ N(0, K)`,
+    independent over classes, and labels with probabilities `softmax(z)`. Its posterior is
+    approximated by the Gaussian, independent over classes, that maximises a lower bound of the
+    evidence `log p(y)`; every expectation in the bound is exact, without samples. The formulas
+    stand in the docstring of the module `taylor_softmax._probabilities.inference`.
+
+        posterior = categorical_inference(kernel_fn(x, None, "nngp"), labels)
+        k_test = kernel_fn(x_test, x, "nngp"), kernel_fn(x_test, None, "nngp")
+        probabilities = posterior(*k_test).probabilities
+
+    Time: some `10 N^3` operations a class and iteration. Memory: a few `N x N` arrays, whatever
+    the number of classes.
+
+    Args:
+      k_train_train: kernel of the logits at the training inputs, `(N, N)`: "nngp" for the
+        posterior of the network itself. The kernel of a network up to its softmax, not of its
+        probabilities. Singular kernels need no jitter.
+      y_train: classes as integers `(N,)`, or one-hot or soft labels `(N, C)` that sum to 1.
+      n_classes: number of classes of integer labels; by default the largest label and one.
+      tol: what the residual has to fall to: the largest of `|y - p - alpha|`, and of what a change
+        of the logarithm of a precision would do to twice the bound, in nats.
+      max_iterations: how often the bound may be evaluated.
+      damping: the longest step, in (0, 1].
+      init: a posterior of as many inputs and classes to start from, of another kernel for example.
+      progress: whether to print bound and residual.
+
+    Returns:
+      A `CategoricalPosterior`, to be called with the kernels of test inputs. If it has not
+      converged it says so, with a warning.
+
+    Raises:
+      TypeError: labels are neither integers nor real, or the kernel is not real.
+      ValueError: the kernel is not square, symmetric or finite, labels are out of range, don't sum
+        to 1 or are not as many as inputs, or an option is out of range.
+    """
+    kernel, y = _arguments(k_train_train, y_train, n_classes)
+    check_integer("max_iterations", max_iterations, least=1)
+    if not 0 < damping <= 1:
+        raise ValueError(f"`damping` must be in (0, 1], got {damping}.")
+    if not tol > 0:
+        raise ValueError(f"`tol` must be positive, got {tol}.")
+    start = inference.initial_sites(y)
+    if init is not None:
+        if init.alpha.shape != y.shape:
+            raise ValueError(
+                f"`init` must have {y.shape[0]} inputs and {y.shape[1]} classes, got "
+                f"{init.alpha.shape}."
+            )
+        start = Sites(init.alpha.astype(y.dtype), init.site_precision.astype(y.dtype))
+    fit = inference.fit(
+        kernel,
+        y,
+        start,
+        tol=tol,
+        max_iterations=max_iterations,
+        damping=damping,
+        report=_report if progress else None,
+    )
+    residual, iterations = float(fit.residual), int(fit.iterations)
+    converged = residual <= tol
+    if not converged:
+        warnings.warn(
+            f"`categorical_inference` has not converged: after {iterations} iterations the "
+            f"residual is {residual:.1e}, `tol` {tol:.1e}. The bound {float(fit.log_evidence):.6g} "
+            "holds all the same. Go on from here with `init=`, or accept a larger `tol`.",
+            stacklevel=2,
+        )
+    return CategoricalPosterior(
+        fit.log_evidence,
+        fit.sites.alpha,
+        fit.sites.precision,
+        converged,
+        iterations,
+        residual,
+        np.asarray(fit.history[:iterations]),
+        kernel,
+    )
+
+
+def categorical_log_evidence(
+    k_train_train: Validated[ArrayLike],
+    y_train: Validated[ArrayLike],
+    *,
+    n_classes: Validated[int | None] = None,
+    tol: Validated[float] = 1e-4,
+    max_iterations: Validated[int] = 100,
+    damping: Validated[float] = 1.0,
+) -> Array:
+    """The lower bound of `log p(y)` of `categorical_inference`, differentiable in the kernel.
+
+    For depths and scales of a network, by any optimiser of functions with gradients:
+
+        def loss(scales):
+            kernel_fn = network(*scales)
+            return -categorical_log_evidence(kernel_fn(x, None, "nngp"), labels, n_classes=10)
+
+        value, gradient = jax.value_and_grad(loss)(scales)
+
+    At its optimum over the posterior the bound's derivative in the kernel is that with the
+    posterior held fixed: the gradient costs one more iteration, whatever their number. It is the
+    first derivative only: second ones would miss how the posterior moves. Works under `jit`, where
+    labels have to be concrete or `n_classes` given, and arguments are not checked.
+
+    Args and errors are those of `categorical_inference`.
+
+    Returns:
+      The bound, a scalar, in nats.
+    """
+    kernel, y = _arguments(k_train_train, y_train, n_classes)
+    fit = inference.fit(
+        jax.lax.stop_gradient(kernel),
+        y,
+        inference.initial_sites(y),
+        tol=tol,
+        max_iterations=max_iterations,
+        damping=damping,
+    )
+    return inference.bound(kernel, y, jax.lax.stop_gradient(fit.sites))
+
+
+def _report(iteration: Array, bound: Array, residual: Array) -> None:
+    print(f"iteration {int(iteration)}: log evidence {bound:.6g}, residual {residual:.1e}")
+
+
+def check_finite(name: str, array: Array) -> None:
+    """Says where a concrete array is not finite; of a traced one nothing is known.
+
+    Raises:
+      TypeError: it is not real.
+      ValueError: it is not finite.
+    """
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"`{name}` must be real, got {array.dtype}. Pass its real part.")
+    if not isinstance(array, Tracer) and not np.isfinite(array).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(f"`{name}` must be finite, got {array[where]} at {where}.")
+
+
+def _arguments(
+    k_train_train: Validated[ArrayLike],
+    y_train: Validated[ArrayLike],
+    n_classes: Validated[int | None],
+) -> tuple[Array, Array]:
+    """Kernel `(N, N)` and labels `(N, C)` of its dtype, or what is wrong with them."""
+    kernel = jnp.asarray(k_train_train)
+    kernel = kernel.astype(jnp.result_type(float, kernel))
+    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not len(kernel):
+        raise ValueError(
+            f"`k_train_train` must have shape (N, N) with N >= 1, got {kernel.shape}. Pass the "
+            'kernel of the logits, `kernel_fn(x_train, None, "nngp")`.'
+        )
+    check_finite("k_train_train", kernel)
+    if not isinstance(kernel, Tracer):
+        asymmetry = float(jnp.max(jnp.abs(kernel - kernel.T)))
+        largest = float(jnp.max(jnp.abs(kernel)))
+        if asymmetry > _SYMMETRY * largest:
+            raise ValueError(
+                f"`k_train_train` must be symmetric, got entries up to {largest:.3g} that differ "
+                f"from their mirror image by up to {asymmetry:.3g}."
+            )
+        if float(jnp.min(jnp.diagonal(kernel))) < 0:
+            raise ValueError("`k_train_train` must have variances on its diagonal, got negatives.")
+    return kernel, _labels(y_train, len(kernel), n_classes).astype(kernel.dtype)
+
+
+def _labels(y_train: Validated[ArrayLike], n: int, n_classes: Validated[int | None]) -> Array:
+    y = jnp.asarray(y_train)
+    if y.ndim not in (1, 2) or len(y) != n:
+        raise ValueError(
+            f"`y_train` must have shape ({n},) or ({n}, C) for a kernel of {n} inputs, got "
+            f"{y.shape}."
+        )
+    if y.ndim == 1:
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            raise TypeError(
+                f"`y_train` of shape (N,) must be integers, the classes, got {y.dtype}."
+            )
+        concrete = not isinstance(y, Tracer)
+        if n_classes is None and not concrete:
+            raise ValueError("`n_classes` must be given where `y_train` is traced.")
+        least, largest = (int(jnp.min(y)), int(jnp.max(y))) if concrete else (0, 0)
+        n_classes = max(largest + 1, 2) if n_classes is None else n_classes
+        check_integer("n_classes", n_classes, least=2)
+        if least < 0 or largest >= n_classes:
+            raise ValueError(
+                f"`y_train` must be classes from 0 to {n_classes - 1}, got {least} to {largest}."
+            )
+        return jax.nn.one_hot(y, n_classes)
+    if (n_classes is not None and y.shape[1] != n_classes) or y.shape[1] < 2:
+        raise ValueError(
+            f"`y_train` must have {n_classes or 'two or more'} columns, a class each, got "
+            f"{y.shape}."
+        )
+    check_finite("y_train", y)
+    if not isinstance(y, Tracer):
+        sums = np.asarray(jnp.sum(y, axis=1))
+        if np.min(y) < 0 or np.max(np.abs(sums - 1)) > 1e-4:
+            raise ValueError(
+                "`y_train` of shape (N, C) must be probabilities that sum to 1 over classes, got "
+                f"entries from {float(np.min(y)):.3g} and sums of {sums.min():.3g} to "
+                f"{sums.max():.3g}. One-hot labels for regression, shifted by their mean, are not."
+            )
+    return y
