@@ -4,12 +4,15 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-oldest check format derivations benchmark accuracy clean
+.PHONY: setup demo transformer test test-oldest check format derivations benchmark accuracy clean
 
 setup: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/python examples/digits.py
+
+transformer: setup
+	$(BIN)/python examples/transformer.py
 
 test: setup
 	$(BIN)/python -m pytest -n auto
@@ -35,6 +38,7 @@ benchmark: setup
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.positions
 	$(BIN)/python -m benchmarks.probabilities
+	$(BIN)/python -m benchmarks.attention
 
 # Goes on with what an interrupted run has saved; ACCURACY holds options, such as --quick.
 accuracy: setup

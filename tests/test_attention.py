@@ -12,7 +12,6 @@ from jax import random
 import taylor_softmax
 from oracles import attention as oracle
 from taylor_softmax import stax
-from taylor_softmax._layers import attention as layer
 from taylor_softmax._numerics.errors import ATTENTION, promised
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._position_axis import attention
@@ -76,6 +75,7 @@ def tolerance(case):
 
 @functools.cache
 def sampled(name, order=None, causal=False):
+    """A problem and its kernels by sampling."""
     problem = oracle.random_problem(**CASES[name])
     n_samples = 50_000 if CASES[name]["size"] <= 8 else 10_000
     return problem, oracle.kernels(problem, order=order, causal=causal, n_samples=n_samples)
@@ -144,7 +144,7 @@ def test_softmax_of_each_pair_of_queries(order, limit):
         order=order,
     )
     expected = np.sum(np.asarray(moments) * values, (1, 2)).reshape(size, size)
-    value = terms(problem, order=order)[0].value[0]
+    value = np.asarray(terms(problem, order=order)[0].value)[0]
     np.testing.assert_allclose(value, expected, atol=limit * np.max(np.abs(expected)))
 
 
@@ -237,14 +237,15 @@ def test_apply_is_that_of_neural_tangents(options):
     x = token_inputs(2, 3, 2, 5)
     init_fn, apply_fn, _ = attention_layer(**options)
     theirs = nt.stax.GlobalSelfAttention(4, 5, 6, 3, linear_scaling=False, **options)
+    # neural_tangents' own fails under a mask at another number of channels.
+    masked = {} if "n_chan_pos_emb" in options else {"mask_constant": 7.0}
     shape, params = init_fn(random.key(0), x.shape)
     assert shape == (2, 3, 2, 4)
-    outputs, expected = (f(params, x, mask_constant=7.0) for f in (apply_fn, theirs[1]))
-    kept = ~np.broadcast_to(expected.mask, expected.masked_value.shape)
-    np.testing.assert_array_equal(outputs.mask, expected.mask)
-    np.testing.assert_allclose(
-        outputs.masked_value[kept], expected.masked_value[kept], rtol=1e-6, atol=1e-7
-    )
+    outputs, expected = (f(params, x, **masked) for f in (apply_fn, theirs[1]))
+    if masked:
+        np.testing.assert_array_equal(outputs.mask, expected.mask)
+        outputs, expected = (np.where(y.mask, 0, y.masked_value) for y in (outputs, expected))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_causal_outputs_don_t_see_what_comes_later():
@@ -257,42 +258,40 @@ def test_causal_outputs_don_t_see_what_comes_later():
     np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-12)
     assert np.all(np.abs(before[:, 4:] - after[:, 4:]) > 1e-6)
     one, other = (kernel_fn(of, None, "nngp") for of in (x, changed))
-    np.testing.assert_allclose(one[0, 0, :4, :4], other[0, 0, :4, :4], rtol=1e-2)
+    np.testing.assert_allclose(one[0, 0, :4, :4], other[0, 0, :4, :4], rtol=3e-2)
     # The first token attends to itself alone.
     np.testing.assert_allclose(one[0, 0, 0, 0], np.mean(x[0, 0] ** 2), rtol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_finite_networks(causal):
-    width, n_networks, size = 256, 600, 3
-    x1, x2 = token_inputs(2, 1, size, 6, padding=False)
-    x2 = 0.7 * x1 + 0.7 * x2
+    width, n_networks, size = 256, 300, 3
+    first, second = token_inputs(2, 1, size, 6, padding=False)
+    x1, x2 = jnp.asarray(first), jnp.asarray(0.7 * first + 0.7 * second)
 
     def network(n):
         attend = stax.GlobalSelfAttention(
-            4, n, 2, 2, linear_scaling=False, W_query_std=1.5, W_out_std=1.2, b_std=0.1,
-            causal=causal,
-        )  # fmt: skip
+            8, n, 16, 2, linear_scaling=False, W_query_std=1.5, W_out_std=1.2, causal=causal
+        )
         return stax.serial(stax.Dense(n, W_std=1.4), stax.Relu(), attend)
 
     init_fn, apply_fn, kernel_fn = network(width)
     ntk_fn = nt.empirical_ntk_fn(apply_fn, trace_axes=(-1,), diagonal_axes=())
 
     def one(key):
+        """Kernels averaged over the tokens: one number each, far from 0."""
         _, params = init_fn(key, x1.shape)
-        outputs = apply_fn(params, x1)[0], apply_fn(params, x2)[0]
-        return outputs[0] @ outputs[1].T / 4, ntk_fn(x1, x2, params)[0, 0]
+        outputs = jnp.mean(apply_fn(params, x1)[0], 0), jnp.mean(apply_fn(params, x2)[0], 0)
+        return jnp.mean(outputs[0] * outputs[1]), jnp.mean(ntk_fn(x1, x2, params))
 
     keys = random.split(random.key(1), n_networks)
     samples = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
     kernel = kernel_fn(x1, x2)
-    # Beside the error of sampling, the 1 / width of finite networks.
-    for sample, exact in zip(samples, (kernel.nngp[0, 0], kernel.ntk[0, 0]), strict=True):
-        mean, stderr = jnp.mean(sample, 0), jnp.std(sample, 0) / n_networks**0.5
-        bias = 3 / width * np.max(np.abs(exact))
-        np.testing.assert_array_less(np.abs(mean - exact), LARGEST_Z * stderr + bias)
-    # What this sees: 2 % of the terms of the incoming NTK.
-    assert np.max(stderr) * 2 < 0.02 * np.max(np.abs(exact))
+    for sample, of in zip(samples, (kernel.nngp, kernel.ntk), strict=True):
+        exact, mean, stderr = jnp.mean(of), jnp.mean(sample), jnp.std(sample) / n_networks**0.5
+        # Finite networks are off by about 1 / width.
+        assert abs(mean - exact) < 4.5 * stderr + 2 / width * exact
+        assert stderr < 0.015 * exact
 
 
 def test_values_are_averaged_without_logits():
@@ -349,7 +348,7 @@ def test_inputs_with_others_and_with_themselves():
 
 def test_symmetric_and_positive_semi_definite():
     x = token_inputs(20, 4, 5, padding=False)
-    *_, kernel_fn = stax.serial(stax.LayerNorm(), attention_layer(W_query_std=1.3))
+    *_, kernel_fn = stax.serial(stax.Dense(1), stax.LayerNorm(), attention_layer(W_query_std=1.3))
     kernel = kernel_fn(x)
     for of in (kernel.nngp, kernel.ntk):
         matrix = np.transpose(of, (0, 2, 1, 3)).reshape(80, 80)
@@ -366,9 +365,9 @@ def transformer(depth, last, **options):
     attend = functools.partial(attention_layer, W_query_std=1.5, **options)
     block = (
         *residual(attend()),
-        *residual(stax.Dense(1, W_std=1.4, b_std=0.1), stax.Relu(), stax.Dense(1)),
+        *residual(stax.Dense(8, W_std=1.4, b_std=0.1), stax.Relu(), stax.Dense(4)),
     )
-    return stax.serial(stax.Dense(1), *block * depth, last, stax.Dense(1))
+    return stax.serial(stax.Dense(4), *block * depth, last, stax.Dense(1))
 
 
 @pytest.mark.filterwarnings("ignore:`FanIn`")
@@ -443,7 +442,14 @@ def test_layer_arguments():
         attention_layer(causal=True)[2](token_inputs(2, 3, 2, 5))
     with pytest.raises(ValueError, match="one spatial axis"):
         attention_layer(causal=True)[0](random.key(0), (2, 3, 2, 5))
-    # What neural_tangents has stays with it.
-    *_, kernel_fn = stax.GlobalSelfAttention(4, 5, 6, 3, attention_mechanism="RELU")
-    assert np.all(np.isfinite(kernel_fn(token_inputs(2, 3, 5)).ntk))
-    assert layer.GlobalSelfAttention is stax.GlobalSelfAttention
+    *_, kernel_fn = stax.serial(stax.Dense(8), stax.Softmax(), attention_layer())
+    with pytest.raises(NotImplementedError, match="softmax over classes"):
+        kernel_fn(token_inputs(2, 3, 5))
+
+
+@pytest.mark.filterwarnings("ignore:Linear scaling")
+def test_what_neural_tangents_has_stays_with_it():
+    x = token_inputs(2, 3, 5, padding=False)
+    options = {"attention_mechanism": "RELU", "b_std": 0.1, "pos_emb_type": "SUM"}
+    kernels = (of.GlobalSelfAttention(4, 5, 6, 3, **options)[2](x) for of in (stax, nt.stax))
+    np.testing.assert_array_equal(*(kernel.ntk for kernel in kernels))

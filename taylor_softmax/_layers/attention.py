@@ -193,7 +193,7 @@ class Attention:
                 f"Reshape them, or pass `causal=False`."
             )
 
-    def apply(self, params: Any, inputs: Array, *, mask: Any = None, **kwargs: Any) -> Array:
+    def apply(self, params: Any, inputs: Any, *, mask: Any = None, **kwargs: Any) -> Array:
         self.check_axes(inputs.ndim)
         queries, keys, values, out, bias, embedding = params
         ends = (self.batch_axis, self.channel_axis)
@@ -290,7 +290,9 @@ class Attention:
             share, weight = (x / (channels + added) for x in (channels, weight * added))
 
         def mix(cov: Array | None, embedding: Array | None) -> Array | None:
-            return cov if cov is None or embedding is None else share * cov + weight * embedding
+            if cov is None or embedding is None:
+                return cov
+            return share * cov + weight * embedding.astype(cov.dtype)
 
         own1, cross, own2 = embeddings
         return k.replace(

@@ -60,15 +60,15 @@ def of_scales(variances: Array, spread: Array, present: Array) -> Classes:
     centre, half = (low + high) / 2, jnp.maximum((high - low) / 2, 1e-3)
     # Chebyshev's nodes, stretched to the ends: where most queries are, as a rule.
     nodes = np.cos((np.arange(_N_SCALES) + 0.5) * np.pi / _N_SCALES)
-    nodes = nodes / nodes[0]
+    nodes = (nodes / nodes[0]).tolist()
     u = (x - centre) / half * present
     weights = [
         math.prod((u - other) / (node - other) for other in nodes if other != node)
         for node in nodes
     ]
-    scales = safe_sqrt((jnp.exp(centre + half * nodes) - _OFFSET) / spread)
+    scales = safe_sqrt((jnp.exp(centre + half * jnp.asarray(nodes, x.dtype)) - _OFFSET) / spread)
     allowed = jnp.broadcast_to(present, (_N_SCALES, len(present)))
-    return Classes(scales.astype(x.dtype), allowed, jnp.stack(weights, -1))
+    return Classes(scales, allowed, jnp.stack(weights, -1))
 
 
 def safe_sqrt(x: Array) -> Array:

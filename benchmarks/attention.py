@@ -1,0 +1,180 @@
+"""Error, time and memory of attention at 1/sqrt(d).
+
+Run `python -m benchmarks.attention` on an otherwise idle machine; `--quick` tries it out.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from benchmarks.report import environment, progress, publish, table
+from oracles import attention as oracle
+from taylor_softmax import attention_second_moment, stax
+from taylor_softmax.methods import QuasiMonteCarlo
+
+VARIANCES = (0.25, 1.0, 4.0)
+POINTS = (256, 1024, 4096)
+MANY_POINTS = 1 << 15
+N_PROBLEMS = 4  # random ones, of which the largest error is reported
+N_INPUTS, N_TOKENS = 100, 64  # of which memory is reported
+
+
+def kernels(problem: oracle.Problem, n_points: int, causal: bool = False) -> list[np.ndarray]:
+    size = problem.present.shape[1]
+    own = (slice(size),) * 2, (slice(size), slice(size, None)), (slice(size, None),) * 2
+    moments = attention_second_moment(
+        *(problem.keys[of] for of in own),
+        values12=problem.values[own[1]],
+        ntk12=problem.keys_ntk[own[1]],
+        values_ntk12=problem.values_ntk[own[1]],
+        scale=problem.scale,
+        causal=causal,
+        method=QuasiMonteCarlo(n_points),
+    )
+    return [np.asarray(moments.nngp), np.asarray(moments.ntk)]
+
+
+def deviation(values: list[np.ndarray], truths: Any) -> list[float]:
+    """Largest error over the largest entry, of NNGP and NTK."""
+    return [
+        float(np.max(np.abs(value - truth)) / np.max(np.abs(truth)))
+        for value, truth in zip(values, truths, strict=True)
+    ]
+
+
+def error_table(sizes: tuple[int, ...]) -> str:
+    rows = []
+    for size in sizes:
+        for name, ratio, causal in (("equal", 1.0, False), ("by 6", 6.0, False), ("", 6.0, True)):
+            if causal and size > sizes[0]:
+                continue
+            for variance in VARIANCES:
+                progress(f"{size} tokens, variance {variance:g}, {name or 'causal'}")
+                errors = []
+                for seed in range(N_PROBLEMS):
+                    problem = oracle.random_problem(
+                        size, variance=variance, ratio=ratio, seed=10 * seed
+                    )
+                    truth = kernels(problem, MANY_POINTS, causal)
+                    errors.append([deviation(kernels(problem, n, causal), truth) for n in POINTS])
+                worst = np.max(errors, 0)
+                listed = (f"{nngp:.0e} / {ntk:.0e}" for nngp, ntk in worst)
+                rows.append([f"{size}", name or "causal", f"{variance:g}", *listed])
+    header = ["tokens", "variances of queries", "of logits", *(f"{n:,} points" for n in POINTS)]
+    return table(header, rows)
+
+
+def sampling_table(sizes: tuple[int, ...], n_samples: int) -> str:
+    """The default against plain sampling, with its standard error."""
+    rows = []
+    for size in sizes:
+        for variance in VARIANCES:
+            progress(f"{size} tokens, variance {variance:g}, sampling")
+            problem = oracle.random_problem(size, variance=variance)
+            truth = oracle.kernels(problem, n_samples=n_samples)
+            errors = deviation(kernels(problem, 1024), (truth.nngp, truth.ntk))
+            spread = (
+                float(np.max(stderr) / np.max(np.abs(mean)))
+                for mean, stderr in zip(truth[::2], truth[1::2], strict=True)
+            )
+            listed = (f"{e:.0e} ({s:.0e})" for e, s in zip(errors, spread, strict=True))
+            rows.append([f"{size}", f"{variance:g}", *listed])
+    return table(["tokens", "variance", "NNGP", "NTK"], rows)
+
+
+def layer(causal: bool) -> Any:
+    attention = stax.GlobalSelfAttention(8, 8, 8, 2, linear_scaling=False, causal=causal)
+    return stax.serial(stax.Dense(8), attention)[2]
+
+
+def compiled(size: int, n: int, get: Any, causal: bool, varying: bool) -> Any:
+    """The layer's kernel of two times `n` inputs."""
+    x = np.random.default_rng(size).standard_normal((2, n, size, 2 * size))
+    x *= np.sqrt(2 * size) / np.linalg.norm(x, axis=-1, keepdims=True)
+    if varying:
+        x *= np.linspace(0.6, 1.5, size)[:, None]
+    x1, x2 = jnp.asarray(x, jnp.float32)
+    kernel_fn = layer(causal)
+    function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, get)).lower(x1, x2).compile()
+    return functools.partial(function, x1, x2)
+
+
+def time_table(sizes: tuple[int, ...], repetitions: int) -> str:
+    """Milliseconds a block, of one pair of inputs and all pairs of queries."""
+    rows = []
+    for size in sizes:
+        for name, causal, varying in (
+            ("equal", False, False),
+            ("varying", False, True),
+            ("causal", True, True),
+        ):
+            if causal and size > 16:
+                continue
+            row = [f"{size}", name]
+            for get in ("nngp", ("nngp", "ntk")):
+                progress(f"{size} tokens, {name}, {get}")
+                functions = {n: compiled(size, n, get, causal, varying) for n in (2, 6)}
+                best = {
+                    n: min(times) for n, times in timing.interleaved(functions, repetitions).items()
+                }
+                # n^2 pairs of both and 2 n of inputs with themselves, beside what inputs cost.
+                per_pair = (best[6] - 3 * best[2]) / (6**2 - 3 * 2**2)
+                row.append(f"{per_pair * 1e3:.2f}")
+            rows.append(row)
+    return table(["tokens", "scales of queries", "NNGP", "NNGP and NTK"], rows)
+
+
+def memory() -> str:
+    kernel_fn = layer(causal=False)
+    x = jax.ShapeDtypeStruct((N_INPUTS, N_TOKENS, 8), jnp.float32)
+    function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, ("nngp", "ntk")))
+    analysis: Any = function.lower(x, x).compile().memory_analysis()
+    used = (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**30
+    return (
+        f"NNGP and NTK of {N_INPUTS} x {N_INPUTS} inputs of {N_TOKENS} tokens, outputs and "
+        f"temporaries: {used:.2f} GiB."
+    )
+
+
+ERRORS = """\
+Largest error over the largest entry, NNGP / NTK, of {n} random problems (correlation 0.5 between
+inputs, values and NTKs with covariances of their own), against {many:,} points."""
+
+SAMPLING = """\
+## Against plain sampling
+
+With the default number of points, against {n:,} samples of all logits (standard errors)."""
+
+TIMES = """\
+## Time and memory
+
+Milliseconds a block: all pairs of queries of one pair of inputs; float32, default number of points.
+Each input costs as much as a few blocks besides."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer samples, to try it out")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/attention.md"))
+    arguments = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    n_samples, repetitions = (20_000, 1) if arguments.quick else (2_000_000, 5)
+    parts = ["# Attention", environment("benchmarks.attention", sys.argv[1:])]
+    parts += [ERRORS.format(n=N_PROBLEMS, many=MANY_POINTS)]
+    parts += [error_table((8,) if arguments.quick else (8, 16, 32, 64))]
+    parts += [SAMPLING.format(n=n_samples)]
+    parts += [sampling_table((8,) if arguments.quick else (8, 16), n_samples)]
+    parts += [TIMES, time_table((16,) if arguments.quick else (8, 16, 32, 64), repetitions)]
+    parts += [memory()]
+    publish(parts, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
