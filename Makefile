@@ -36,7 +36,7 @@ derivations: setup
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.positions
+	$(BIN)/python -m benchmarks.position_axis
 	$(BIN)/python -m benchmarks.probabilities
 	$(BIN)/python -m benchmarks.attention
 
