@@ -18,8 +18,8 @@ from taylor_softmax._numerics.arguments import Validated, check_n_classes
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
-# From this many pairs on sums are unrolled into one loop over the pairs, with a cheaper set of terms
-# where variances allow: it takes a second more to compile, and saves that much of the time.
+# From this many pairs on sums are unrolled into one loop over the pairs, with a cheaper set of
+# terms where variances allow: it takes a second more to compile, and saves as much time.
 _FUSED_PAIRS = 1 << 18
 
 
@@ -201,9 +201,7 @@ def _direct(block: Pairs, n_classes: int, surrogate: Surrogate) -> tuple[Array, 
     return values.reshape(cov12.shape), slopes.reshape(cov12.shape)
 
 
-def _by_lists(
-    evaluate: Callable[..., tuple[Array, Array]], block: Pairs
-) -> tuple[Array, Array]:
+def _by_lists(evaluate: Callable[..., tuple[Array, Array]], block: Pairs) -> tuple[Array, Array]:
     """`evaluate(*block)`, `_LIST` entries of the first axis at a time."""
     size = block.cov12.shape[0]
     n_slices = -(-size // _LIST)

@@ -17,9 +17,9 @@ exponentially in both directions. With `X ~ N(0, 1)`, `A(x; X) = exp(-e^-x f(sqr
 `F = E[A B]`, `F_x = E[A' B]`, `F_y = E[A B']`, `F_xy = E[A' B']`.
 
 Two rules place the nodes. `_product_rule` resolves `f` itself, and is for the polynomials at any
-variance and for softmax at small ones. `_graded_rule` is for softmax at large variances, where `F` is
-the distribution function of the logits plus Gumbel noise, and all that is steep lies along a line.
-At order 2 the integrand is elementary, and emitted by SymPy.
+variance and for softmax at small ones. `_graded_rule` is for softmax at large variances, where `F`
+is the distribution function of the logits plus Gumbel noise, and all that is steep lies along a
+line. At order 2 the integrand is elementary, and emitted by SymPy.
 """
 
 import functools

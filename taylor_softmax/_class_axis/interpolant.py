@@ -46,9 +46,12 @@ LARGEST_VARIANCE = 1e6
 # Up to this variance a cheaper set of terms does (see `Levels`).
 NEAR = 100.0
 
-# The slope is that of values cut off at this share of their tolerance: what is below is noise of the
-# samples, which differentiation would amplify.
+# The slope is that of values cut off at this share of their tolerance: what is below is noise of
+# the samples, which differentiation would amplify.
 _SLOPE_SHARE = 0.1
+
+# Between which errors and tolerances are told apart.
+_VARIANCES = 20.0, 100.0, 1e4, 1e6
 
 # Nodes per variance on which terms are found and errors measured.
 _NODES = 36
@@ -101,8 +104,6 @@ class Level(NamedTuple):
       value, slope: their terms.
       scale: Chebyshev coefficients of `log(q (sigma + w) sqrt(n) / sigma)` in v.
       knee, rounding: as in `Grid`.
-      errors: estimates of the largest error of value and slope, relative to their values at
-        correlation 1.
     """
 
     largest: float
@@ -111,7 +112,6 @@ class Level(NamedTuple):
     scale: np.ndarray
     knee: float
     rounding: float
-    errors: tuple[float, float]
 
 
 def name(surrogate: Surrogate) -> str:
@@ -162,8 +162,10 @@ def tolerance(surrogate: Surrogate, sigma: np.ndarray, bits: int) -> np.ndarray:
     else:
         steps = [3e-7, 3e-6, 3e-5, 3e-4]
     if bits < 64:
-        steps = [max(step, least) for step, least in zip(steps, (2e-5, 2e-5, 2e-4, 1e-3))]
-    ends = np.sqrt([20.0, 100.0, 1e4, 1e6])
+        steps = [
+            max(step, least) for step, least in zip(steps, (2e-5, 2e-5, 2e-4, 1e-3), strict=True)
+        ]
+    ends = np.sqrt(_VARIANCES)
     return np.exp(np.interp(np.log(sigma), np.log(ends), np.log(steps)))
 
 
@@ -190,8 +192,6 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> Le
     diagonal = np.arange(_NODES)
     slope_weight = weight / np.sqrt(np.abs(slope.sum(0)[diagonal, diagonal]))
 
-    own = given.errors[:, np.searchsorted([20.0, 100.0, 1e4, 1e6], largest)]
-    cut_off = np.max(tolerance(surrogate, sigma, bits))
     scale = _polynomials(2 * v / whole - 1, len(given.scale)) @ (given.scale @ at)
     return Level(
         largest,
@@ -200,8 +200,20 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> Le
         to_coefficients @ (scale - np.log(n_classes) / 2),
         given.knee,
         given.rounding,
-        (float(own[0] + cut_off), float(own[1] + cut_off)),
     )
+
+
+def error(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> tuple[float, float]:
+    """Estimates of the largest errors of value and slope at variances up to `largest`.
+
+    Relative to their values at correlation 1: what was measured off the nodes of the grid when it
+    was made, and what its terms are cut off at. Rounding comes on top.
+    """
+    steps = np.asarray(_VARIANCES)
+    own = grid(surrogate).errors[:, np.searchsorted(steps, min(largest, steps[-1]))]
+    cut_off = tolerance(surrogate, np.sqrt(np.asarray(largest)), bits)
+    # A slope is that of values which were cut off before.
+    return float(own[0] + cut_off), float(own[1] + 2 * cut_off)
 
 
 def _nodes(count: int) -> np.ndarray:
@@ -359,9 +371,7 @@ def _chebyshev(x: Array, count: int) -> Array:
     return lax.scan(step, (jnp.ones_like(x), x), length=count)[1]
 
 
-def _sums(
-    level: Level, fused: bool, var1: Array, cov12: Array, var2: Array
-) -> tuple[Array, Array]:
+def _sums(level: Level, fused: bool, var1: Array, cov12: Array, var2: Array) -> tuple[Array, Array]:
     one, two = _prepare(level, var1), _prepare(level, var2)
     rho = cov12 * one.inverse_sigma[:, :, None] * two.inverse_sigma[:, None]
     share1, share2 = one.share[:, :, None], two.share[:, None]
