@@ -7,7 +7,10 @@ random tangents that have the covariance of the logits,
 
     nngp = E[y(x1) y(x2)^T],    ntk = E[dy(x1) dy(x2)^T];
 
-of networks, the empirical kernels of neural_tangents.
+of networks, the empirical kernels of neural_tangents. Attention over tokens with covariance K has
+matrix-normal logits, K (x) K. Behind a dense layer its NTK is three times the NNGP (for the weights
+of outputs and values, and those before the values) and the mean of dy K dy^T along tangents of
+covariance 4 K (x) K (for the weights of queries and keys, and those before them).
 """
 
 import dataclasses
@@ -24,11 +27,13 @@ from jax import Array, random
 from taylor_softmax import stax
 from taylor_softmax._numerics import errors
 
-# The axes that a softmax can have.
-CLASSES, POSITIONS, WIDTH = "classes", "positions", "infinite width"
+# The axes that a softmax can have; of attention, over keys, with a softmax for every query.
+CLASSES, POSITIONS, WIDTH, ATTENTION = "classes", "positions", "infinite width", "attention"
 
 
 def softmax_layer(axis: str, order: int | None) -> Any:
+    if axis == ATTENTION:
+        return stax.GlobalSelfAttention(1, 1, 1, 1, linear_scaling=False, order=order)
     options = {"axis": 1 if axis == POSITIONS else -1, "infinite_width": axis == WIDTH}
     return stax.Softmax(**options) if order is None else stax.TaylorSoftmax(order, **options)
 
@@ -42,9 +47,9 @@ class LayerProblem:
     """One softmax layer on the logits of a pair of inputs.
 
     Attributes:
-      axis: `CLASSES`, `POSITIONS` or `WIDTH`.
+      axis: `CLASSES`, `POSITIONS`, `WIDTH` or `ATTENTION`.
       order: of the Taylor softmax; None for softmax.
-      size: number of classes or positions; 1 over an infinitely wide axis.
+      size: number of classes, positions or tokens; 1 over an infinitely wide axis.
       var1, var2: variances of the logits.
       rho: their correlation; of positions, scale of the correlations between inputs.
       kind: of the covariance between positions.
@@ -60,8 +65,12 @@ class LayerProblem:
 
     @property
     def name(self) -> str:
-        of = {CLASSES: f"{self.size} classes", WIDTH: WIDTH}
-        what = of.get(self.axis, f"{self.size} {self.kind} positions")
+        of = {
+            CLASSES: f"{self.size} classes",
+            WIDTH: WIDTH,
+            ATTENTION: f"attention over {self.size} {self.kind} tokens",
+        }
+        what = of.get(self.axis, f"{self.size} {self.kind} {self.axis}")
         variances = f"variances {self.var1:g}, {self.var2:g}"
         return f"{layer_name(self.order)}, {what}, {variances}, correlation {self.rho:g}"
 
@@ -74,18 +83,19 @@ class LayerProblem:
     @property
     def is_estimated(self) -> bool:
         """Whether the kernel is itself an estimate, held to the promised error."""
-        return self.axis == POSITIONS and self.order != 2
+        return self.axis in (POSITIONS, ATTENTION) and self.order != 2
 
     def tolerance(self, kernel: str) -> float:
         """Promised error of "nngp" or "ntk" over the largest entry; 0 of an exact kernel."""
         if not self.is_estimated:
             return 0.0
         quantities = {"nngp": errors.POSITIONS_NNGP, "ntk": errors.POSITIONS_NTK}
-        return errors.promised(quantities[kernel], max(self.var1, self.var2))
+        quantity = errors.ATTENTION if self.axis == ATTENTION else quantities[kernel]
+        return errors.promised(quantity, max(self.var1, self.var2))
 
     @property
     def n_positions(self) -> int:
-        return self.size if self.axis == POSITIONS else 1
+        return self.size if self.axis in (POSITIONS, ATTENTION) else 1
 
     def weights(self) -> np.ndarray:
         """`A` of the number `sum_pq A_pq K_pq` that is compared, `(positions, positions)`.
@@ -97,8 +107,14 @@ class LayerProblem:
         return np.random.default_rng(1).standard_normal((n, n)) / n if n > 1 else np.ones((1, 1))
 
     def root(self) -> np.ndarray:
-        """A matrix root of the joint covariance of the logits of one unit at both inputs."""
-        cross = self.rho * np.sqrt(self.var1 * self.var2)
+        """A matrix root of the joint covariance of the logits of one unit at both inputs.
+
+        For attention of the tokens, by whose variances the logits have the product of two.
+        """
+        var1, var2 = self.var1, self.var2
+        if self.axis == ATTENTION:
+            var1, var2 = np.sqrt(var1), np.sqrt(var2)
+        cross = self.rho * np.sqrt(var1 * var2)
         if self.kind == "equicorrelated":
             within = 0.5 * np.eye(self.size) + 0.5
         else:
@@ -108,7 +124,7 @@ class LayerProblem:
             features = rng.standard_normal((self.n_positions, rank))
             features /= np.linalg.norm(features, axis=1, keepdims=True)
             within = features @ features.T
-        joint = np.kron([[self.var1, cross], [cross, self.var2]], within)
+        joint = np.kron([[var1, cross], [cross, var2]], within)
         values, vectors = np.linalg.eigh(joint)
         return vectors * np.sqrt(np.maximum(values, 0))
 
@@ -116,7 +132,7 @@ class LayerProblem:
         """Inputs that `Dense` or `Conv`, with weights of variance 1, takes to those logits."""
         root = self.root() * np.sqrt(2 * self.n_positions)
         first, second = jnp.asarray(np.split(root, 2))
-        if self.axis == POSITIONS:
+        if self.axis in (POSITIONS, ATTENTION):
             return first[None], second[None]
         return first, second
 
@@ -157,6 +173,8 @@ class LayerProblem:
         return n_samples
 
     def numbers_per_draw(self, units: int) -> int:
+        if self.axis == ATTENTION:
+            return 8 * self.size**2
         return 4 * self.n_positions * units
 
     def template(self) -> "LayerProblem":
@@ -174,6 +192,8 @@ class LayerProblem:
 
     def draw(self, key: Array, root: Array, n: int, units: int) -> tuple[Array, Array]:
         """Samples of NNGP and NTK, averaged over units, `(n, positions, positions)`."""
+        if self.axis == ATTENTION:
+            return self._draw_attention(key, root, n)
         noise = random.normal(key, (2, n, units, len(root)), root.dtype)
         # (2, n, units, input and position) to two of (2, n, positions, units).
         logits = jnp.swapaxes(jnp.matmul(noise, root.T, precision="highest"), -1, -2)
@@ -189,11 +209,29 @@ class LayerProblem:
         nngp, ntk = map(product, with_tangent(first), with_tangent(second))
         return nngp, ntk
 
+    def _draw_attention(self, key: Array, root: Array, n: int) -> tuple[Array, Array]:
+        size = self.size
+        noise = random.normal(key, (2, n, 2 * size, 2 * size), root.dtype)
+        both = jnp.einsum("ai,tnij,bj->tnab", root, noise, root, precision="highest")
+        cross = jnp.matmul(root, root.T, precision="highest")[:size, size:]
+        _, apply_fn, _ = softmax_layer(CLASSES, self.order)
+        attend = functools.partial(apply_fn, ())
+        (y1, dy1), (y2, dy2) = (
+            jax.jvp(attend, (z[0],), (2 * z[1],))
+            for z in (both[..., :size, :size], both[..., size:, size:])
+        )
+
+        def product(first: Array, second: Array) -> Array:
+            return jnp.einsum("nap,pq,nbq->nab", first, cross, second, precision="highest")
+
+        nngp = product(y1, y2)
+        return nngp, 3 * nngp + product(dy1, dy2)
+
 
 @functools.cache
 def _layer_kernel(axis: str, order: int | None, size: int) -> Any:
     units = size if axis == CLASSES else 1
-    body = stax.Conv(units, (1,)) if axis == POSITIONS else stax.Dense(units)
+    body = stax.Conv(units, (1,)) if axis in (POSITIONS, ATTENTION) else stax.Dense(units)
     *_, kernel_fn = stax.serial(body, softmax_layer(axis, order))
     return jax.jit(lambda x1, x2: _both(kernel_fn(x1, x2)))
 
@@ -334,6 +372,8 @@ def layer_problems(quick: bool) -> list[LayerProblem]:
             for o in estimated_orders
             for s, v in estimated
         ),
+        *(LayerProblem(ATTENTION, None, s, v, v, 0.8, "random") for s, v in estimated),
+        *(LayerProblem(ATTENTION, 2, 4, *p, "random") for p in pairs[:2]),
     ]
 
 
