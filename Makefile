@@ -38,6 +38,7 @@ benchmark: setup
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.position_axis
 	$(BIN)/python -m benchmarks.probabilities
+	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.attention
 
 # Goes on with what an interrupted run has saved; ACCURACY holds options, such as --quick.
