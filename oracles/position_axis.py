@@ -54,8 +54,8 @@ def _value_and_slope(z: np.ndarray, order: int | None) -> tuple[np.ndarray, np.n
     if order is None:
         f = np.exp(z - z.max(-1, keepdims=True))
         return f, f
-    powers = [z**k / math.factorial(k) for k in range(order + 1)]
-    return sum(powers), sum(powers[:-1])
+    powers = np.stack([z**k / math.factorial(k) for k in range(order + 1)])
+    return powers.sum(0), powers[:-1].sum(0)
 
 
 def sample(of: Problem, *, order: int | None, n_samples: int, seed: int = 0) -> list[Estimate]:

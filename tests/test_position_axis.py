@@ -175,7 +175,7 @@ def test_nngp_and_ntk_against_sampling(order, size, variance, kind):
     for got, far, (mean, stderr), quantity in zip(
         both_moments(of, order),
         both_moments(wrong, order),
-        oracle.sample(of, order=order, n_samples=400_000),
+        oracle.sample(of, order=order, n_samples=100_000),
         quantities,
         strict=True,
     ):
