@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Least number of batches, from whose spread the standard errors come.
+_BATCHES = 40
+
 KINDS = ("random", "singular", "low rank", "common part")
 
 
@@ -54,8 +57,8 @@ def _value_and_slope(z: np.ndarray, order: int | None) -> tuple[np.ndarray, np.n
     if order is None:
         f = np.exp(z - z.max(-1, keepdims=True))
         return f, f
-    powers = [z**k / math.factorial(k) for k in range(order + 1)]
-    return sum(powers), sum(powers[:-1])
+    powers = np.stack([z**k / math.factorial(k) for k in range(order + 1)])
+    return powers.sum(0), powers[:-1].sum(0)
 
 
 def sample(of: Problem, *, order: int | None, n_samples: int, seed: int = 0) -> list[Estimate]:
@@ -64,9 +67,10 @@ def sample(of: Problem, *, order: int | None, n_samples: int, seed: int = 0) -> 
     joint = np.block([[of.cov11, of.cov12], [of.cov12.T, of.cov22]])
     values, vectors = np.linalg.eigh(joint)
     root = vectors * np.sqrt(np.maximum(values, 0))
-    at_once = max(2, min(n_samples, 2_000_000 // size**2))
+    # Standard errors need batches; a batch of matrices is bounded in memory.
+    at_once = max(1, min(n_samples // _BATCHES, 2_000_000 // size**2))
     means = []
-    for _ in range(max(2, n_samples // at_once)):
+    for _ in range(n_samples // at_once):
         z = rng.standard_normal((at_once, 2 * size)) @ root.T
         total = np.zeros((2, size, size))
         for signed in (z, -z):

@@ -176,9 +176,9 @@ class _Softmax:
         if not over_channels and k.diagonal_spatial:
             # `_softmax_layer` took the last axis for that of the channels.
             raise ValueError(
-                f"`axis={self.axis!r}` of inputs of shape {k.shape1} is a spatial axis, as the "
-                f"channels are axis {k.channel_axis}. Write `axis={axes[0]}` for it, so that the layers "
-                f"before keep the covariance between positions, or `axis={k.channel_axis}` for a "
+                f"`axis={self.axis!r}` of inputs of shape {k.shape1} is a spatial axis: channels "
+                f"are axis {k.channel_axis}. Write `axis={axes[0]}` for it, so that the layers "
+                f"before keep the covariance between positions, or `axis={k.channel_axis}` for "
                 f"softmax over channels."
             )
         if not over_channels:

@@ -33,6 +33,7 @@ variance 1 / 4 (largest entry's), of the parts of odd and even degree in `y`:
 - one node without the known coefficient of the odd part: a bias of 3 / 30 to 60.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -125,13 +126,19 @@ def joint_second_moment(
     *covs, dtype = broadcast_covariances(cov11, cov12, cov22)
     batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
     flat = tuple(cov.reshape(-1, size, size) for cov in covs)
-    present = jnp.ones(flat[0].shape[:2], flat[0].dtype)
-    one, two = (
-        prepare(cov, present, surrogate=surrogate, method=method) for cov in (flat[0], flat[2])
-    )
-    index = np.arange(len(flat[0]))
-    moment, _ = second_moments(one, two, index, index, flat[1], None, surrogate, method)
+    moment = _joint_second_moments(*flat, surrogate=surrogate, method=method)
     return moment.reshape(*batch, size, size).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("surrogate", "method"))
+def _joint_second_moments(
+    cov11: Array, cov12: Array, cov22: Array, *, surrogate: Surrogate, method: Method
+) -> Array:
+    """Compiled once for all calls of a shape; covariances `(pairs, S, S)`."""
+    present = jnp.ones(cov11.shape[:2], cov11.dtype)
+    one, two = (prepare(cov, present, surrogate=surrogate, method=method) for cov in (cov11, cov22))
+    index = np.arange(len(cov11))
+    return second_moments(one, two, index, index, cov12, None, surrogate, method)[0]
 
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
@@ -190,10 +197,9 @@ def second_moments(
     def pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array | None]:
         i, j, cov12, theta = args
         left, right = (jax.tree.map(lambda x, i=i: x[i], of) for of, i in ((one, i), (two, j)))
-        cov12, theta = (
-            None if x is None else project(x, left.present, right.present, surrogate)
-            for x in (cov12, theta)
-        )
+        cov12 = project(cov12, left.present, right.present, surrogate)
+        if theta is not None:
+            theta = project(theta, left.present, right.present, surrogate)
         if not surrogate.has_closed_form:
             return _estimate(left, right, cov12, theta, surrogate, blocks)
         if theta is None:
