@@ -201,9 +201,7 @@ def _direct(block: Pairs, n_classes: int, surrogate: Surrogate) -> tuple[Array, 
     return values.reshape(cov12.shape), slopes.reshape(cov12.shape)
 
 
-def _by_lists(
-    evaluate: Callable[..., tuple[Array, Array]], block: Pairs
-) -> tuple[Array, Array]:
+def _by_lists(evaluate: Callable[..., tuple[Array, Array]], block: Pairs) -> tuple[Array, Array]:
     """`evaluate(*block)`, `_LIST` entries of the first axis at a time."""
     size = block.cov12.shape[0]
     n_slices = -(-size // _LIST)

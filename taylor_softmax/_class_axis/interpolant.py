@@ -359,9 +359,7 @@ def _chebyshev(x: Array, count: int) -> Array:
     return lax.scan(step, (jnp.ones_like(x), x), length=count)[1]
 
 
-def _sums(
-    level: Level, fused: bool, var1: Array, cov12: Array, var2: Array
-) -> tuple[Array, Array]:
+def _sums(level: Level, fused: bool, var1: Array, cov12: Array, var2: Array) -> tuple[Array, Array]:
     one, two = _prepare(level, var1), _prepare(level, var2)
     rho = cov12 * one.inverse_sigma[:, :, None] * two.inverse_sigma[:, None]
     share1, share2 = one.share[:, :, None], two.share[:, None]

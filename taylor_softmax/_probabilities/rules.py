@@ -23,7 +23,7 @@ _TAIL, _DECAY = 3.1, 21.0
 # Largest step of the outer rule. The integrand is analytic for `|Im s| < pi / 2`, so that the error
 # falls as `exp(-pi^2 / step)`. For softmax, standard deviations of `sigma` widen that strip, to
 # steps of `sigma / 3` for a class; the largest of many classes is spread less.
-_STEP, _STEPS_PER_DEVIATION, _STEPS_PER_DECADE = 0.5, 3.0, 0.7
+_STEP, _STEPS_PER_DEVIATION, _STEPS_PER_DECADE = 0.5, 3.0, 1.0
 # Of a graded rule, the distance from its fine end over which steps stay small.
 _GRADED_SCALE = 16.0
 # Nodes per unit of its variable: steps of 0.5 at the fine end.
