@@ -123,10 +123,12 @@ def fine_enough(logits: Logits, rules: tuple[Rule, ...], surrogate: Surrogate) -
     steps = _STEPS_PER_DEVIATION + _STEPS_PER_DECADE * math.log10(sigma.shape[1])
     step = jnp.maximum(_STEP, least / steps) if softmax else _STEP
     length = upper - lower + _TAIL + math.log(_DECAY)
+    # The largest of many wide classes is spread less than each.
+    graded_steps = _GRADED_STEPS * steps / _STEPS_PER_DEVIATION
     enough = []
     for rule in rules:
         if rule.graded:
-            fine = jnp.subtract(*_graded_ends(lower, upper)) <= (rule.outer - 1) / _GRADED_STEPS
+            fine = jnp.subtract(*_graded_ends(lower, upper)) <= (rule.outer - 1) / graded_steps
         else:
             fine = length <= step * rule.outer
         if rule.noise and not rule.logit:
