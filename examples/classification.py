@@ -6,10 +6,11 @@ categorical model itself at the scale of the kernel that its evidence picks; tra
 on their empirical kernels, and draws reliability and evidence beside this file:
 `python examples/classification.py`.
 
-What each is for: least squares pushed through softmax is one linear solve and classifies as well,
-but how confident it is is set by its targets (`CONFIDENCE`), which somebody has to tune on held-out
-labels. Categorical inference takes tens of solves a class, has nothing to tune but the kernel, and
-says by a bound on the evidence which kernel, without held-out labels.
+What each is for: least squares pushed through softmax is one linear solve, but how confident it is
+is set by its targets (`CONFIDENCE`), which somebody has to tune on held-out labels. Categorical
+inference takes tens of solves a class, has nothing to tune but the kernel, and says by a bound on
+the evidence which kernel, without held-out labels. It is no better a classifier: here, on 300
+images, 96 % against 97 %, with a larger NLL, since it is less sure than it is right.
 """
 
 from pathlib import Path

@@ -23,7 +23,7 @@ _TAIL, _DECAY = 3.1, 21.0
 # Largest step of the outer rule. The integrand is analytic for `|Im s| < pi / 2`, so that the error
 # falls as `exp(-pi^2 / step)`. For softmax, standard deviations of `sigma` widen that strip, to
 # steps of `sigma / 3` for a class; the largest of many classes is spread less.
-_STEP, _STEPS_PER_DEVIATION, _STEPS_PER_DECADE = 0.5, 3.0, 0.7
+_STEP, _STEPS_PER_DEVIATION, _STEPS_PER_DECADE = 0.5, 3.0, 1.0
 # Of a graded rule, the distance from its fine end over which steps stay small.
 _GRADED_SCALE = 16.0
 # Nodes per unit of its variable: steps of 0.5 at the fine end.
@@ -123,10 +123,12 @@ def fine_enough(logits: Logits, rules: tuple[Rule, ...], surrogate: Surrogate) -
     steps = _STEPS_PER_DEVIATION + _STEPS_PER_DECADE * math.log10(sigma.shape[1])
     step = jnp.maximum(_STEP, least / steps) if softmax else _STEP
     length = upper - lower + _TAIL + math.log(_DECAY)
+    # The largest of many wide classes is spread less than each.
+    graded_steps = _GRADED_STEPS * steps / _STEPS_PER_DEVIATION
     enough = []
     for rule in rules:
         if rule.graded:
-            fine = jnp.subtract(*_graded_ends(lower, upper)) <= (rule.outer - 1) / _GRADED_STEPS
+            fine = jnp.subtract(*_graded_ends(lower, upper)) <= (rule.outer - 1) / graded_steps
         else:
             fine = length <= step * rule.outer
         if rule.noise and not rule.logit:
