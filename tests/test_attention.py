@@ -1,6 +1,7 @@
 """Attention at 1/sqrt(d) against sampling, identities, neural_tangents and finite networks."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def test_sampled_logits(name, order, causal):
 def test_each_term_of_the_ntk_is_needed():
     problem, truth = sampled("small logits")
     of, cross = terms(problem)
-    parts = {
+    parts: dict[str, Any] = {
         "value and output weights": 2 * of.value,
         "query and key weights": 2 * cross.queries * of.slope,
         "values": of.value_ntk,
@@ -110,9 +111,9 @@ def test_each_term_of_the_ntk_is_needed():
         "keys": cross.queries * of.slope_ntk,
     }
     limit = truth.ntk, truth.ntk_stderr, problem.present, promised(ATTENTION, 0.25)
-    assert excess(sum(parts.values())[0], *limit) < 1
+    assert excess(np.asarray(sum(parts.values()))[0], *limit) < 1
     for name in parts:
-        without = sum(part for other, part in parts.items() if other != name)
+        without = np.asarray(sum(part for other, part in parts.items() if other != name))
         assert excess(without[0], *limit) > 1, name
 
 

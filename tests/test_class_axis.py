@@ -1,6 +1,5 @@
 """The class covariance against brute force, at its edges, and as a JAX function."""
 
-import functools
 import itertools
 
 import jax
@@ -9,41 +8,42 @@ import numpy as np
 import pytest
 from jax import random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.polynomial import chebyshev
 
 import taylor_softmax
+from derivations import class_axis_grids
 from oracles import class_axis as brute_force
-from taylor_softmax import predict
-from taylor_softmax._class_axis import covariance, interpolant
+from taylor_softmax import monte_carlo, predict, stax
+from taylor_softmax._class_axis import covariance, grids, interpolant
 from taylor_softmax._class_axis.covariance import Pairs
 from taylor_softmax._numerics import errors
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax.methods import Direct, Interpolate
 
+DIRECT = Direct()
+
 CORRELATIONS = np.array([-1.0, -0.6, 0.0, 0.3, 0.9, 0.999, 1.0])
 
-# (order, n, largest variance) of the comparison with brute force, which takes a minute for more.
+# (order, n, largest variance, limit in float64): as promised, with margin nowhere.
 SETTINGS = [
-    *((2, n, 20.0) for n in (2, 10, 100_000)),
-    *((order, n, 4.0) for order in (8, None) for n in (2, 10, 1000)),
-    (32, 10, 4.0),
-    (None, 100, 10.0),
+    *((2, n, 20.0, 1e-7) for n in (2, 3, 10, 100, 1000, 100_000)),
+    *(
+        (order, n, 4.0, 1e-6 if n > 2 else 1e-4)
+        for order in (4, 6, 8, 16, None)
+        for n in (2, 3, 10, 100, 1000)
+    ),
+    *((order, 10, 10.0, 1e-4) for order in (4, 6, 8, 16, None)),
+    (32, 10, 4.0, 1e-6),
+    (None, 100, 10.0, 1e-4),
+    (None, 100_000, 10.0, 1e-4),
 ]
-
-
-def limit(order, largest, dtype):
-    """The promise of the class axis at variances up to `largest`."""
-    name = {None: errors.CLASS_AXIS, 2: errors.CLASS_AXIS_CLOSED_FORM}.get(
-        order, errors.CLASS_AXIS_TAYLOR
-    )
-    rows = [p for p in errors.PROMISES if p.quantity == name and p.variance >= largest]
-    return rows[0].float64 if dtype == jnp.float64 else rows[0].float32
 
 
 def variance_pairs(largest):
     return [(largest, largest), (largest, 0.02 * largest), (0.1 * largest, 0.1 * largest)]
 
 
-def entries(var1, rho, var2, *, n, order, method=None, dtype=jnp.float64):
+def entries(var1, rho, var2, *, n, order, method=DIRECT, dtype=jnp.float64):
     """`I` and `dI / dc` for arrays of equal shape."""
     a, c, b = (jnp.asarray(x, dtype) for x in (var1, rho * np.sqrt(var1 * var2), var2))
     ((value, slope),) = covariance.covariances(
@@ -94,99 +94,48 @@ def test_brute_force_of_two_classes_is_the_logistic_integral():
 # Accuracy.
 
 
-@pytest.mark.parametrize(("order", "n", "largest"), SETTINGS)
-def test_accuracy(order, n, largest):
+@pytest.mark.parametrize(("order", "n", "largest", "limit"), SETTINGS)
+def test_accuracy(order, n, largest, limit):
     for var1, var2 in variance_pairs(largest):
         exact, one = reference(var1, CORRELATIONS, var2, n, order), scale(var1, var2, n, order)
-        first, second = (np.full(CORRELATIONS.size, v) for v in (var1, var2))
-        for dtype in (jnp.float64, jnp.float32):
-            value, _ = entries(first, CORRELATIONS, second, n=n, order=order, dtype=dtype)
+        for dtype, bound in ((jnp.float64, limit), (jnp.float32, 1e-4)):
+            value, _ = entries(
+                np.full(CORRELATIONS.size, var1),
+                CORRELATIONS,
+                np.full(CORRELATIONS.size, var2),
+                n=n,
+                order=order,
+                dtype=dtype,
+            )
             error = np.abs(value - exact) / one
-            assert np.max(error) < limit(order, largest, dtype), (var1, var2, dtype, error)
+            assert np.max(error) < bound, (
+                var1,
+                var2,
+                dtype,
+                dict(zip(CORRELATIONS, error, strict=True)),
+            )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
-@pytest.mark.parametrize("n", [2, 10, 100_000])
-def test_large_variances_agree_with_one_dimensional_integrals(n, dtype):
-    """`Cov[y]_ii = (1 - 1/n) I(a, a, a; n)`: one input with itself has independent logits.
+@pytest.mark.parametrize(("order", "n", "largest", "limit"), SETTINGS[::2])
+def test_accuracy_of_derivative(order, n, largest, limit):
+    """`dI / dc` against the derivative of a Chebyshev interpolant of brute-force values.
 
-    `predict.class_probability_covariance` is another identity, another rule and other code.
+    At equal variances, where it converges slowest, near correlation 1.
     """
-    variances = np.array([1.0, 25.0, 100.0, 1e3, 1e4, 1e5, 1e6])
-    few = min(n, 1000)
-    value, _ = entries(variances, np.ones(7), variances, n=few, order=None, dtype=dtype)
-    for variance, got in zip(variances, value, strict=True):
-        probabilities = predict.class_probability_covariance(
-            jnp.zeros(few), jnp.full(few, variance), order=None
-        )
-        want = float(probabilities[0, 0]) / (1 - 1 / few)
-        assert abs(got / want - 1) < limit(None, variance, dtype), (variance, got, want)
-    # Negative control: a covariance of another variance.
-    assert abs(value[1] / value[2] - 1) > 1e-2
-
-
-def test_two_classes_of_any_variance_are_odd_and_the_limit_is_argmax():
-    """`y_1 - 1/2` is an odd function of the logits for two classes; as the variance grows it turns
-    into a sign, and `I` into `arcsin(rho) / pi`.
-    """
-    rho = np.linspace(-1, 1, 41)
-    for variance in (1.0, 1e2, 1e4, 1e6):
-        value, _ = entries(np.full(41, variance), rho, np.full(41, variance), n=2, order=None)
-        bound = limit(None, variance, jnp.float64)
-        np.testing.assert_allclose(value, -value[::-1], atol=bound)
-    # The limit is reached like 1 / sigma, slowest at correlation 1.
-    np.testing.assert_allclose(value, np.arcsin(rho) / np.pi, atol=1.5e-3)
-    assert np.max(np.abs(value - rho / 2)) > 0.02
-
-
-@pytest.mark.parametrize(("order", "n"), [(None, 10), (2, 10), (8, 2)])
-def test_interpolant_knows_its_error(order, n):
-    """Against quadrature: the estimates hold, and are not far too large."""
-    rng = np.random.default_rng(0)
-    largest = np.repeat([20.0, 100.0, 1e4, 1e6], 5)
-    var1 = largest * rng.uniform(0.3, 1, 20)
-    var2 = np.where(rng.uniform(size=20) < 0.5, var1, var1 * rng.uniform(0.01, 1, 20))
-    rho = np.where(rng.uniform(size=20) < 0.3, 1.0, rng.uniform(-1, 1, 20))
-    pairs = [(var1, rho, var2), (var1, np.ones(20), var1), (var2, np.ones(20), var2)]
-    stacked = [np.concatenate(x) for x in zip(*pairs, strict=True)]
-    direct = entries(*stacked, n=n, order=order, method=Direct())
-    table = entries(*stacked, n=n, order=order, method=Interpolate())
-    for part in range(2):
-        exact, of_one, of_two = np.split(direct[part], 3)
-        error = np.abs(np.split(table[part], 3)[0] - exact) / np.sqrt(of_one * of_two)
-        for top in (20.0, 100.0, 1e4, 1e6):
-            estimate = interpolant.error(parse(order), n, 64, top)[part]
-            found = np.max(error[largest == top])
-            assert found <= estimate, (part, top, found, estimate)
-            assert estimate <= 30 * limit(order, min(top, 1e4), jnp.float64), (part, top, estimate)
-
-
-@pytest.mark.parametrize(("order", "n"), [(None, 2), (None, 1000), (2, 10), (32, 10)])
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
-def test_fuzz(order, n, dtype):
-    """Variances over twenty decades, correlations to 1 and beyond by rounding."""
-    rng = np.random.default_rng(1)
-    var1, var2 = (jnp.asarray(10 ** rng.uniform(-14, 6, 200), dtype) for _ in range(2))
-    rho = rng.uniform(-1, 1, (200, 200)) * (1 + 4 * float(jnp.finfo(dtype).eps))
-    near = 1 - 10 ** rng.uniform(-8, 0, (200, 200))
-    rho = np.where(rng.uniform(size=rho.shape) < 0.5, rho, np.sign(rho) * near)
-    cov12 = jnp.asarray(rho, dtype) * jnp.sqrt(var1[:, None]) * jnp.sqrt(var2)
-
-    def total(var1, cov12, var2):
-        ((value, slope),) = covariance.covariances(
-            [Pairs(var1[:, None], cov12, var2)],
-            n_classes=n,
-            surrogate=parse(order),
-            method=None,
-        )
-        return jnp.sum(value) + jnp.sum(slope), (value, slope)
-
-    gradients, results = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(var1, cov12, var2)
-    for array in (*gradients, *results):
-        assert np.isfinite(array).all()
-    value = np.asarray(results[0], np.float64) * n
-    assert np.max(value) <= 1 + 1e-5
-    assert np.min(np.where(np.asarray(cov12) >= 0, value, 0)) >= -1e-5
+    nodes = chebyshev.chebpts2(97 if n < 10 else 49)
+    values = reference(largest, nodes, largest, n, order)
+    fit = chebyshev.chebfit(nodes, values, nodes.size - 1)
+    derivative = chebyshev.chebder(fit) / largest
+    one = chebyshev.chebval(1.0, derivative)
+    # What the interpolant itself can be trusted to, at the ends, where it is worst.
+    tail = np.max(np.abs(fit[-4:])) * nodes.size**2 / largest
+    assert tail / one < limit / 2, "the reference itself is not good enough"
+    exact = chebyshev.chebval(CORRELATIONS, derivative)
+    variances = np.full(CORRELATIONS.size, largest)
+    for dtype, bound in ((jnp.float64, limit), (jnp.float32, 1e-4)):
+        _, slope = entries(variances, CORRELATIONS, variances, n=n, order=order, dtype=dtype)
+        error = np.abs(slope - exact) / one
+        assert np.max(error) < bound, (dtype, dict(zip(CORRELATIONS, error, strict=True)))
 
 
 @pytest.mark.parametrize("order", [2, 4, 8, 16, None])
@@ -223,7 +172,7 @@ def test_negative_control_another_order_is_found():
 
 
 def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
-    emitted = taylor_softmax._class_axis.integral.class_axis_order_2
+    emitted = taylor_softmax._class_axis.mehler.class_axis_order_2
 
     def without_the_determinant(*arguments):
         log_phi, *rest = emitted(*arguments)
@@ -232,7 +181,7 @@ def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
         return wrong, *rest
 
     monkeypatch.setattr(
-        taylor_softmax._class_axis.integral, "class_axis_order_2", without_the_determinant
+        taylor_softmax._class_axis.mehler, "class_axis_order_2", without_the_determinant
     )
     jax.clear_caches()
     value, _ = entries(*np.array([[2.0], [0.5], [2.0]]), n=10, order=2)
@@ -306,23 +255,63 @@ def test_shapes_broadcast():
     assert scalar.dtype == jnp.float64
 
 
-def test_levels_and_loops_agree():
-    """The two ways to sum, and the two sets of terms, at sizes where the fused one is chosen."""
-    x = random.normal(random.key(1), (30, 16))
-    a, c = jnp.sum(x**2, 1)[None], (x @ x.T)[None]
-    for order in (None, 2):
-        surrogate = parse(order)
-        far, near = (
-            interpolant.level(surrogate, 10, 64, largest)
-            for largest in (interpolant.LARGEST_VARIANCE, interpolant.NEAR)
+@pytest.mark.parametrize(
+    ("order", "n", "spread"),
+    [(2, 2, 10.0), (2, 10, 0.0), (2, 10, 1e6), (8, 10, 10.0), (None, 3, 1e6)],
+)
+def test_table_agrees_with_direct(order, n, spread):
+    x = random.normal(random.key(1), (40, 16))
+    x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    if spread:
+        norms = jnp.exp(random.uniform(random.key(2), (40, 1), maxval=jnp.log(spread)) / 2)
+        x = jnp.where(jnp.arange(40)[:, None] == 7, 0, x * norms / jnp.max(norms) * 1.9)
+    y = x[::-1] + 0.01 * x[5]
+    a, c, b = jnp.sum(x**2, 1)[:, None], x @ y.T, jnp.sum(y**2, 1)[None]
+    direct, table, auto = (
+        covariance.covariances(
+            [Pairs(a, c, b)], n_classes=n, surrogate=parse(order), method=method
+        )[0]
+        for method in (Direct(), Interpolate(), None)
+    )
+    limit = 1e-7 if order == 2 else 1e-6
+    for part in range(2):
+        one = np.sqrt(
+            covariance.covariances(
+                [Pairs(a, a, a)], n_classes=n, surrogate=parse(order), method=None
+            )[0][part]
+            * covariance.covariances(
+                [Pairs(b, b, b)], n_classes=n, surrogate=parse(order), method=None
+            )[0][part]
         )
-        looped, fused, cheaper = (
-            jax.jit(functools.partial(interpolant.evaluate, level, fused=fused))(a, c, a)
-            for level, fused in ((far, False), (far, True), (near, True))
+        # The input of norm 0 has I = 0; its slope and everybody else's have a scale.
+        one = np.where(one > 0, one, 1)
+        assert np.max(np.abs(table[part] - direct[part]) / one) < limit
+        assert np.max(np.abs(auto[part] - direct[part]) / one) < limit
+
+
+def test_table_knows_when_it_is_not_good_enough():
+    least, largest = jnp.asarray(1e-3), jnp.asarray(1e3)
+    build = jax.jit(interpolant.build, static_argnames=("n_classes", "surrogate", "shape"))
+    for shape in interpolant.shapes(2):
+        assert build(least, largest, n_classes=2, surrogate=parse(2), shape=shape).error > 1e-4
+    for n in (10, 1000):
+        table = build(
+            jnp.asarray(1.0),
+            jnp.asarray(1.0),
+            n_classes=n,
+            surrogate=parse(2),
+            shape=interpolant.shapes(n)[1],
         )
-        for one, two, three in zip(looped, fused, cheaper, strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-12)
-            np.testing.assert_allclose(one, three, atol=3e-6 * np.max(one))
+        assert table.error < 1e-8
+    # None then integrates directly.
+    var = jnp.geomspace(1e-3, 1e3, 33)
+    c = 0.9 * jnp.sqrt(var[:, None] * var)
+    auto, direct, table = (
+        taylor_softmax.class_covariance(var[:, None], c, var, n_classes=2, order=2, method=method)
+        for method in (None, Direct(), Interpolate())
+    )
+    np.testing.assert_allclose(auto, direct, rtol=1e-12)
+    assert np.max(np.abs(table / direct - 1)) > 1e-9
 
 
 def test_one_table_serves_several_requests():
@@ -402,6 +391,151 @@ def test_sharded_rows_stay_sharded(method):
     np.testing.assert_allclose(result, jax.jit(kernel)(x, y), rtol=1e-11)
     # No step of it gathers the matrix: the compiled program holds no array of its full size.
     assert f"f64[{n_rows},{n_columns}]" not in sharded.as_text()
+
+
+# Every variance.
+
+
+WIDE = np.array([25.0, 100.0, 1e3, 1e4, 1e6])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize(("order", "n"), [(None, 2), (None, 10), (None, 1000), (2, 2), (2, 10)])
+def test_an_input_with_itself_has_the_covariance_of_its_probabilities(order, n, dtype):
+    """`Cov[y]_ii = (1 - 1/n) I(a, a, a; n)`: other code, another rule, another identity."""
+    value, _ = entries(WIDE, np.ones(5), WIDE, n=n, order=order, method=None, dtype=dtype)
+    promise, _ = errors.beyond(parse(order))
+    for variance, got in zip(WIDE, value, strict=True):
+        of_class = predict.class_probability_covariance(
+            jnp.zeros(n), jnp.full(n, variance), order=order
+        )
+        want = float(of_class[0, 0]) / (1 - 1 / n)
+        assert abs(got / want - 1) < errors.promised(promise, variance, dtype), variance
+    # Negative control: the next variance has another.
+    assert np.min(np.abs(np.diff(value)) / value[1:]) > 2e-4
+
+
+@pytest.mark.parametrize(("order", "n"), [(None, 2), (None, 10), (2, 10), (4, 2), (8, 10)])
+def test_grids_agree_with_quadrature(order, n):
+    """Two routes that share no code but the surrogate, at all correlations."""
+    rng = np.random.default_rng(0)
+    var1 = np.exp(rng.uniform(np.log(20), np.log(1e4), 12))
+    var2 = np.where(np.arange(12) % 3, np.exp(rng.uniform(np.log(0.1), np.log(var1))), var1)
+    rho = np.concatenate([[1.0, -1.0, 0.999, 0.0], rng.uniform(-1, 1, 8)])
+    found = entries(var1, rho, var2, n=n, order=order, method=None)
+    exact = entries(var1, rho, var2, n=n, order=order)
+    one = (entries(v, np.ones(12), v, n=n, order=order) for v in (var1, var2))
+    scales = (np.sqrt(first * second) for first, second in zip(*one, strict=True))
+    for got, want, scale, promise in zip(
+        found, exact, scales, errors.beyond(parse(order)), strict=True
+    ):
+        for variance, error in zip(var1, np.abs(got - want) / scale, strict=True):
+            assert error < errors.promised(promise, variance), (promise, variance, error)
+
+
+@pytest.mark.parametrize("order", [None, 2, 8, 20])
+def test_shipped_samples_are_those_of_the_program(order):
+    """A few entries of the grids, computed anew: what comes with the package is not stale."""
+    of = parse(order)
+    design = class_axis_grids.design(of)
+    sigma = class_axis_grids.sigmas(design)
+    n = class_axis_grids.numbers_of_classes(design)
+    i, j, k = sigma.size // 2, sigma.size // 5, design.correlations // 3
+    rho = class_axis_grids.correlation(
+        class_axis_grids.nodes(design.correlations)[k], sigma[i], sigma[j]
+    )
+    want = class_axis_grids.covariance(sigma[i], rho, sigma[j], n, of)
+    alone = [class_axis_grids.covariance(sigma[m], 1.0, sigma[m], n, of) for m in (i, j)]
+    arguments = np.array([sigma[i] ** 2, rho * sigma[i] * sigma[j], sigma[j] ** 2])
+    for m in (0, n.size // 2):
+        level = grids.level(of, float(n[m]), 64)
+        a, c, b = arguments
+        got, _ = grids.evaluate(
+            level, jnp.full((1, 1), a), jnp.full((1, 1, 1), c), jnp.full((1, 1), b), fused=False
+        )
+        scale = np.sqrt(alone[0][m] * alone[1][m])
+        estimate, _ = grids.error(of, 2, 64, sigma[i] ** 2)
+        assert abs(float(got[0, 0, 0]) - want[m]) / scale < estimate
+    # Negative control: another node is another number.
+    other = class_axis_grids.covariance(sigma[i + 1], rho, sigma[j], n, of)
+    assert np.max(np.abs(other - want) / scale) > 10 * estimate
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("order", [None, 2, 4, 32])
+def test_any_input_is_finite_and_within_its_bounds(order, dtype):
+    rng = np.random.default_rng(1)
+    size = 20_000
+    var1, var2 = 10 ** rng.uniform(-8, 6, (2, size))
+    var1[::7], var2[::11] = 0, var1[::11]
+    rho = rng.uniform(-1, 1, size)
+    eps = float(jnp.finfo(dtype).eps)
+    rho[::5], rho[1::5], rho[2::5] = 1 + 2 * eps, -1, 1 - 10 ** rng.uniform(-8, 0, size // 5)
+    a, b = (jnp.asarray(x, dtype) for x in (var1, var2))
+    c = jnp.asarray(rho, dtype) * jnp.sqrt(a) * jnp.sqrt(b)
+    for n in (2, 10, 1_000_000):
+
+        def total(a, c, b, n=n):
+            value = taylor_softmax.class_covariance(a, c, b, n_classes=n, order=order)
+            return jnp.sum(value), value
+
+        gradients, value = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(a, c, b)
+        value = np.asarray(value, float)
+        assert np.all(np.isfinite(value))
+        assert np.all(np.abs(n * value) < 1 + 2e-3)
+        assert np.all(n * value[rho >= 0] > -2e-3)
+        for gradient in gradients:
+            assert np.all(np.isfinite(gradient))
+
+
+def test_slopes_that_are_not_known_say_so():
+    value, slope = entries(
+        *np.array([[9e3, 1.1e4], [0.5, 0.5], [1.0, 1.0]]), n=10, order=None, method=None
+    )
+    assert np.all(np.isfinite(value))
+    assert list(np.isnan(slope)) == [False, True]
+
+
+def test_the_limit_is_argmax():
+    """Of two classes: the sign of a difference, whose covariance is an arcsine."""
+    rho = np.array([-1.0, -0.5, 0.0, 0.3, 0.9, 1.0])
+    variances = np.full(6, 1e6)
+    value, _ = entries(variances, rho, variances, n=2, order=None, method=None)
+    np.testing.assert_allclose(value, np.arcsin(rho) / np.pi, atol=2e-3)
+    below, _ = entries(variances / 1e4, rho, variances / 1e4, n=2, order=None, method=None)
+    assert np.max(np.abs(below - np.arcsin(rho) / np.pi)) > 1e-2
+
+
+def test_raw_digits():
+    """Unscaled pixels of 0 to 16: logits have variances of 46 to 80."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x = jnp.asarray(digits.data[:6])
+    logits = stax.serial(stax.Dense(512, W_std=2**0.5), stax.Relu(), stax.Dense(10))
+    init_fn, apply_fn, kernel_fn = stax.serial(logits, stax.Softmax())
+    kernel = kernel_fn(x, None)
+    of_logits = logits[2](x, None)
+    assert 20 < np.min(of_logits.cov1) < np.max(of_logits.cov1) < 200
+    mean, stderr = monte_carlo.class_second_moment(
+        random.key(0),
+        of_logits.cov1[:, None],
+        of_logits.nngp,
+        of_logits.cov1,
+        n_classes=10,
+        n_samples=20_000,
+    )
+    classes = taylor_softmax.class_kernel(kernel)
+    assert np.max(np.abs((mean - classes.nngp) / stderr)) < 5
+
+    def sample(key):
+        y = apply_fn(init_fn(key, x.shape)[1], x)
+        return y @ y.T / 10
+
+    samples = jax.lax.map(jax.jit(sample), random.split(random.key(1), 200))
+    stderr = np.std(samples, 0) / np.sqrt(len(samples))
+    assert np.all(np.abs(np.mean(samples, 0) - kernel.nngp) < 4.5 * stderr + 0.01 * kernel.nngp)
+    # Negative control: what variances of a tenth would give.
+    small = stax.serial(logits, stax.Softmax())[2](x / 10**0.5, None)
+    assert np.max(np.abs((np.mean(samples, 0) - small.nngp) / stderr)) > 10
 
 
 # Errors.

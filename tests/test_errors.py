@@ -23,13 +23,13 @@ def test_promises_weaken_with_the_variance():
 
 
 def test_look_up_at_the_edges():
-    softmax = errors.class_axis(parse(None))
-    assert errors.promised(softmax, 100.0) == 1e-6
-    assert errors.promised(softmax, 100.1) == 1e-4
-    assert errors.promised(softmax, np.inf, np.float32) == 5e-3
-    assert errors.promised(errors.class_axis(parse(2)), 1e6) == 1e-7
+    value, slope = errors.beyond(parse(None))
+    assert errors.promised(value, 100.0) == 2e-5
+    assert errors.promised(value, 100.1) == 1e-4
+    assert errors.promised(slope, 1e4, np.float32) == 2e-2
+    assert errors.promised(errors.CLASS_AXIS_CLOSED_FORM, 20.0) == 1e-7
     with pytest.raises(KeyError, match=r"Nothing is promised of .*orders 4 to 32.* at variance"):
-        errors.promised(errors.class_axis(parse(4)), 1.1e4)
+        errors.promised(errors.beyond(parse(4))[1], 1.1e4)
 
 
 def test_the_docs_show_this_table():

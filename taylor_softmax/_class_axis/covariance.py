@@ -1,6 +1,10 @@
 """The class covariance `I` for whole arrays of pairs: shapes, memory and choice of method.
 
-`integral` has the mathematics of one pair, `interpolant` the interpolant for many.
+Up to a few units of variance (`largest_near`) Mehler's formula separates the two inputs, `mehler`,
+and an interpolant over the range of variances that came is exact to its quadrature, `interpolant`.
+Beyond, functions of a logit are too steep for either: `integral` has no scale and is right at every
+variance, pair by pair, and `grids` interpolates what it finds, from samples that come with the
+package.
 """
 
 import functools
@@ -13,19 +17,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from taylor_softmax._class_axis import integral, interpolant
-from taylor_softmax._numerics.arguments import Validated, check_n_classes
+from taylor_softmax._class_axis import grids, integral, interpolant, mehler
+from taylor_softmax._numerics.arguments import Validated, as_real, check_n_classes
+from taylor_softmax._numerics.precision import off_zero
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
-# From this many pairs on sums are unrolled into one loop over the pairs, with a cheaper set of
-# terms where variances allow: it takes a second more to compile, and saves as much time.
+# From this many pairs on, `method=None` tries a table first: a table costs as much as its nodes.
+_TABLE_PAIRS = 1024
+
+# Pairs evaluated at once, and of how many second inputs: by quadrature (up to 100 KB a pair, which
+# `lax.cond` keeps room for beside the table) and by the derivative of the interpolant (up to 2 KB).
+_DIRECT_BLOCK = 256, 16
+_TABLE_BLOCK = 1 << 15, 1 << 12
+
+# From this many pairs on the interpolant is evaluated in one fused loop, which compiles in about a
+# second for every table more, and takes half the time and memory: 20 ms less at this size.
 _FUSED_PAIRS = 1 << 18
-
-
-# Of a list of pairs, so many at once: each brings terms of its own, up to 8 KB, where a matrix of
-# pairs brings them for rows and columns only.
-_LIST = 4096
 
 
 class Pairs(NamedTuple):
@@ -58,10 +66,11 @@ def class_covariance(
     `L(t, s) = log E[exp(-t f(u_1) - s f(v_1))]`, without approximation other than quadrature: see
     the docstring of the module `taylor_softmax._class_axis.integral`.
 
-    Error relative to `I` at correlation 1, as tested: order 2: 1e-7 at variances up to 20; other
-    orders and softmax: 1e-6 at variances up to 4 and `n >= 3`, 1e-4 at variances up to 10 and
-    `n >= 10`, and up to 4 for `n = 2`. 1e-4 in float32. Variances of 0, correlations of 1 and
-    (by rounding) beyond are fine. Differentiable in all three arguments, to any order.
+    Errors, relative to `I` at correlation 1, of `I` and of its slope: the rows on softmax over
+    classes in `taylor_softmax._numerics.errors`. Variances of 0, correlations of 1 and (by
+    rounding) beyond are fine. Differentiable in all three arguments, to any order. Beyond a
+    variance of 1e4 the slope, and with it the NTK of the layers, is NaN: it is not known to be
+    right there. Beyond 1e6 `I` is that at 1e6 and the same correlation.
 
     Args:
       var1: variances `a` of the logits at the first input, nonnegative.
@@ -69,10 +78,10 @@ def class_covariance(
       var2: variances `b` of the logits at the second input, nonnegative.
       n_classes: number `n` of classes.
       order: even order of the Taylor polynomial `f`, or `None` for `f = exp`, softmax itself.
-      method: `Direct()` integrates for every entry. `Interpolate()` interpolates between Chebyshev
-        nodes over the range of the variances, whatever that gives. None, the default, interpolates
-        for 1024 pairs and more where the interpolant's own error estimate is below half of the
-        limits above, and integrates directly otherwise.
+      method: `Direct()` integrates for every entry, at 0.1 ms each for small variances and 1 to
+        150 ms beyond (order 2 to order 32). `Interpolate()` interpolates. None, the default,
+        interpolates, but integrates fewer than 1024 pairs of small variances, and those for which
+        the interpolant estimates its error to be above half of the limits.
 
     Returns:
       `I`, of the shape that the arguments broadcast to.
@@ -82,13 +91,14 @@ def class_covariance(
         the above.
     """
     surrogate = parse(order)
+    arrays, dtype = as_real(var1=var1, cov12=cov12, var2=var2)
     ((covariance, _),) = covariances(
-        [Pairs(jnp.asarray(var1), jnp.asarray(cov12), jnp.asarray(var2))],
+        [Pairs(*arrays)],
         n_classes=check_n_classes(n_classes),
         surrogate=surrogate,
         method=check_method(method, surrogate),
     )
-    return covariance
+    return covariance.astype(dtype)
 
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
@@ -121,11 +131,45 @@ def covariances(
         Pairs(a.astype(dtype), c.astype(dtype), b.astype(dtype))
         for a, c, b in (layout.arrays for layout in layouts)
     ]
-    results = _covariances(blocks, n_classes=n_classes, surrogate=surrogate, method=method)
+    near = _is_near(blocks, n_classes, surrogate, method)
+    results = _covariances(
+        blocks, n_classes=n_classes, surrogate=surrogate, method=method, near=near
+    )
     return [
         (layout.restore(value), layout.restore(slope))
         for layout, (value, slope) in zip(layouts, results, strict=True)
     ]
+
+
+def largest_near(n_classes: int, surrogate: Surrogate) -> float:
+    """The largest variance at which Mehler's formula and the interpolant on it are right."""
+    if surrogate.has_closed_form:
+        return 20.0
+    return 10.0 if n_classes >= 10 else 4.0
+
+
+def _is_near(
+    blocks: Sequence[Pairs], n_classes: int, surrogate: Surrogate, method: Method | None
+) -> bool | None:
+    """Whether to evaluate as for small variances; None where only numbers yet to come tell.
+
+    What is known beforehand spares the compilation of the other branch.
+    """
+    # In float32 the samples of softmax that come with the package are good enough at any variance:
+    # 1e-5 of value and 4e-5 of slope, up to 100 (measured, n = 2, 10, 1000).
+    single = jnp.finfo(blocks[0].cov12.dtype).bits < 64
+    if single and surrogate.is_shift_invariant and method != Direct():
+        return False
+    largest = _largest_variance(blocks)
+    try:
+        return bool(largest <= largest_near(n_classes, surrogate))
+    except jax.errors.ConcretizationTypeError:
+        return None
+
+
+def _largest_variance(blocks: Sequence[Pairs]) -> Array:
+    variances = [array for block in blocks for array in (block.var1, block.var2) if array.size]
+    return functools.reduce(jnp.maximum, (jnp.max(array) for array in variances), jnp.zeros(()))
 
 
 class _Layout:
@@ -161,64 +205,212 @@ class _Layout:
         return array.reshape(self._shape).transpose(inverse)
 
 
-@functools.partial(jax.jit, static_argnames=("n_classes", "surrogate", "method"))
+@functools.partial(jax.jit, static_argnames=("n_classes", "surrogate", "method", "near"))
 def _covariances(
-    blocks: list[Pairs], *, n_classes: int, surrogate: Surrogate, method: Method | None
+    blocks: list[Pairs],
+    *,
+    n_classes: int,
+    surrogate: Surrogate,
+    method: Method | None,
+    near: bool | None,
 ) -> list[tuple[Array, Array]]:
-    """`(I, dI / dc)` for blocks, compiled also when called eagerly."""
-    if method == Direct() or n_classes > interpolant.LARGEST_N_CLASSES:
+    """`(I, dI / dc)` for blocks, compiled also when called eagerly.
+
+    Args:
+      near: whether all variances are within `largest_near`; None where only the numbers tell.
+    """
+
+    def close(blocks: list[Pairs]) -> list[tuple[Array, Array]]:
+        return _near(blocks, n_classes, surrogate, method)
+
+    def wide(blocks: list[Pairs]) -> list[tuple[Array, Array]]:
+        return [_far(block, n_classes, surrogate, method) for block in blocks]
+
+    if near is not None:
+        return close(blocks) if near else wide(blocks)
+    limit = largest_near(n_classes, surrogate)
+    inside = lax.stop_gradient(_largest_variance(blocks)) <= limit
+
+    def close_clipped(blocks: list[Pairs]) -> list[tuple[Array, Array]]:
+        # Under `vmap` both branches run: this one must stay finite where it is not chosen.
+        return close([Pairs(*(jnp.clip(x, -limit, limit) for x in block)) for block in blocks])
+
+    return lax.cond(inside, close_clipped, wide, blocks)
+
+
+def _far(
+    block: Pairs, n_classes: int, surrogate: Surrogate, method: Method | None
+) -> tuple[Array, Array]:
+    if method != Direct() and n_classes <= grids.LARGEST_N_CLASSES:
+        level = grids.level(surrogate, n_classes, jnp.finfo(block.cov12.dtype).bits)
+        value, slope = grids.evaluate(level, *block, fused=block.cov12.size >= _FUSED_PAIRS)
+        largest = jnp.maximum(block.var1[:, :, None], block.var2[:, None, :])
+        return value, jnp.where(largest <= grids.LARGEST_OF_SLOPES, slope, jnp.nan)
+    pair = functools.partial(integral.pair, n_classes=n_classes, surrogate=surrogate)
+    pairs = jnp.broadcast_arrays(block.var1[:, :, None], block.cov12, block.var2[:, None, :])
+    # One after the other: quadrature keeps up to 10 MB for each. Rematerialised in the backward
+    # pass, which otherwise would keep every pair's intermediates.
+    flat = tuple(array.ravel() for array in pairs)
+    results = lax.map(jax.checkpoint(lambda each: pair(*each)), flat)
+    value, slope = (result.reshape(block.cov12.shape) for result in results)
+    return value, slope
+
+
+def _near(
+    blocks: list[Pairs], n_classes: int, surrogate: Surrogate, method: Method | None
+) -> list[tuple[Array, Array]]:
+    # I is a smooth function of (a, c, b) at a = 0, but the rules see a through its root.
+    blocks = [Pairs(off_zero(a), c, off_zero(b)) for a, c, b in blocks]
+    quotients = _near_quotients(blocks, n_classes, surrogate, method)
+    return [
+        (quotient * block.cov12, slope)
+        for block, (quotient, slope) in zip(blocks, quotients, strict=True)
+    ]
+
+
+def _near_quotients(
+    blocks: list[Pairs], n_classes: int, surrogate: Surrogate, method: Method | None
+) -> list[tuple[Array, Array]]:
+    """`(I / c, dI / dc)` for blocks of positive variances."""
+    n_pairs = sum(block.cov12.size for block in blocks)
+
+    def direct() -> list[tuple[Array, Array]]:
         return [_direct(block, n_classes, surrogate) for block in blocks]
-    bits = jnp.finfo(blocks[0].cov12.dtype).bits
 
-    fused = sum(block.cov12.size for block in blocks) >= _FUSED_PAIRS
+    if method == Direct() or (method is None and n_pairs < _TABLE_PAIRS):
+        return direct()
 
-    def interpolate(largest: float) -> list[tuple[Array, Array]]:
-        # NumPy, once per process: not part of the graph.
-        level = interpolant.level(surrogate, n_classes, bits, largest)
-        evaluate = functools.partial(interpolant.evaluate, level, fused=fused)
-        return [_by_lists(evaluate, block) for block in blocks]
-
-    if not fused:
-        return interpolate(interpolant.LARGEST_VARIANCE)
     variances = [array for block in blocks for array in (block.var1, block.var2) if array.size]
-    largest = functools.reduce(jnp.maximum, (jnp.max(array) for array in variances))
-    return lax.cond(
-        lax.stop_gradient(largest) <= interpolant.NEAR,
-        lambda: interpolate(interpolant.NEAR),
-        lambda: interpolate(interpolant.LARGEST_VARIANCE),
+    least = functools.reduce(jnp.minimum, (jnp.min(array) for array in variances))
+    largest = _largest_variance(blocks).astype(least.dtype)
+    shapes = interpolant.shapes(n_classes)
+    build = functools.partial(
+        interpolant.build_if_meant, least, largest, n_classes=n_classes, surrogate=surrogate
     )
+
+    def interpolate(table: interpolant.Table) -> list[tuple[Array, Array]]:
+        return [_interpolate(block, table) for block in blocks]
+
+    if method == Interpolate():
+        return interpolate(build(shape=shapes[-1]))
+
+    tolerance = interpolant.tolerance(largest, surrogate)
+
+    def first_good(shapes: Sequence[interpolant.Shape]) -> list[tuple[Array, Array]]:
+        if not shapes:
+            return direct()
+        table = build(shape=shapes[0])
+        return lax.cond(
+            table.error < tolerance, lambda: interpolate(table), lambda: first_good(shapes[1:])
+        )
+
+    return first_good(shapes)
 
 
 def _direct(block: Pairs, n_classes: int, surrogate: Surrogate) -> tuple[Array, Array]:
-    """One pair after the other: quadrature keeps up to 10 MB for each."""
-    pair = functools.partial(integral.pair, n_classes=n_classes, surrogate=surrogate)
-    var1, cov12, var2 = jnp.broadcast_arrays(
-        block.var1[:, :, None], block.cov12, block.var2[:, None, :]
+    prepare = functools.partial(mehler.prepare, n_classes=n_classes, surrogate=surrogate)
+    pair = functools.partial(mehler.pair, n_classes=n_classes)
+    return _by_blocks(
+        block,
+        jax.vmap(jax.vmap(prepare)),
+        jax.vmap(jax.vmap(prepare)),
+        jax.vmap(jax.vmap(jax.vmap(pair, (None, 0, 0)), (0, None, 0))),
+        *_DIRECT_BLOCK,
     )
-    flat = tuple(array.ravel() for array in (var1, cov12, var2))
-    # Rematerialised in the backward pass, which otherwise would keep every pair's intermediates.
-    values, slopes = lax.map(jax.checkpoint(lambda each: pair(*each)), flat)
-    return values.reshape(cov12.shape), slopes.reshape(cov12.shape)
 
 
-def _by_lists(evaluate: Callable[..., tuple[Array, Array]], block: Pairs) -> tuple[Array, Array]:
-    """`evaluate(*block)`, `_LIST` entries of the first axis at a time."""
-    size = block.cov12.shape[0]
-    n_slices = -(-size // _LIST)
+@jax.custom_jvp
+def _interpolate(block: Pairs, table: interpolant.Table) -> tuple[Array, Array]:
+    """`(I / c, dI / dc)` for all pairs at once, which needs no memory but for the results."""
+    rows, columns = table.rows(block.var1), table.basis(block.var2)
+    fused = block.cov12.size >= _FUSED_PAIRS
+    return _evaluate((block.var1, rows), (block.var2, columns), block.cov12, fused=fused)
+
+
+@_interpolate.defjvp
+def _interpolate_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    # By blocks, since the derivative keeps an array of the size of the pairs for every degree.
+    def by_blocks(block: Pairs, table: interpolant.Table) -> tuple[Array, Array]:
+        return _by_blocks(
+            block,
+            lambda var1: (var1, table.rows(var1)),
+            lambda var2: (var2, table.basis(var2)),
+            functools.partial(_evaluate, fused=False),
+            *_TABLE_BLOCK,
+        )
+
+    return _interpolate(*primals), jax.jvp(by_blocks, primals, tangents)[1]
+
+
+def _evaluate(
+    one: tuple[Array, Array], two: tuple[Array, Array], cov12: Array, *, fused: bool
+) -> tuple[Array, Array]:
+    """`(I / c, dI / dc)` from the variances and what `Table` makes of them."""
+    (var1, rows), (var2, columns) = one, two
+    rho = cov12 * lax.rsqrt(var1[:, :, None] * var2[:, None, :])
+    value, slope = (interpolant.evaluate(each, columns, rho, fused=fused) for each in rows)
+    return value, slope
+
+
+def _by_blocks(
+    pairs: Pairs,
+    prepare_rows: Callable[[Array], Any],
+    prepare_columns: Callable[[Array], Any],
+    evaluate: Callable[[Any, Any, Array], Any],
+    n_pairs: int,
+    n_columns: int,
+) -> Any:
+    """`evaluate(prepare_rows(var1), prepare_columns(var2), cov12)`, about `n_pairs` at a time."""
+    z, x, y = pairs.cov12.shape
+    y_step = max(1, min(y, n_columns))
+    x_step = max(1, min(x, n_pairs // y_step))
+    z_step = max(1, min(z, n_pairs // (x_step * y_step)))
+
+    def over_z(a: Array, c: Array, b: Array) -> Any:
+        def over_x(a: Array, c: Array) -> Any:
+            one = prepare_rows(a)
+
+            def over_y(c: Array, b: Array) -> Any:
+                return evaluate(one, prepare_columns(b), c)
+
+            return _map_slices(over_y, (c, b), (2, 1), 2, y_step)
+
+        return _map_slices(over_x, (a, c), (1, 1), 1, x_step)
+
+    return _map_slices(over_z, tuple(pairs), (0, 0, 0), 0, z_step)
+
+
+def _map_slices(
+    fn: Callable[..., Any],
+    arrays: tuple[Array, ...],
+    axes: tuple[int, ...],
+    out_axis: int,
+    length: int,
+) -> Any:
+    """`fn(*arrays)` by slices of about `length` along `axes`, one after the other.
+
+    The k-th slice has every entry congruent to k, not a run of neighbours: where the axis is
+    sharded over devices, each of them works on its own part of every slice.
+
+    Rematerialised in the backward pass, which otherwise would keep every slice's intermediates.
+    """
+    size = arrays[0].shape[axes[0]]
+    n_slices = -(-size // length)
     if n_slices <= 1:
-        return evaluate(*block)
+        return fn(*arrays)
     length = -(-size // n_slices)
 
-    # The k-th slice has every entry congruent to k, not a run of neighbours: where the axis is
-    # sharded over devices, each of them works on its own part of every slice.
-    def split(array: Array) -> Array:
-        padding = [(0, length * n_slices - size)] + [(0, 0)] * (array.ndim - 1)
+    def split(array: Array, axis: int) -> Array:
+        padding = [(0, 0)] * array.ndim
+        padding[axis] = (0, length * n_slices - size)
         array = jnp.pad(array, padding, mode="edge")
-        return jnp.moveaxis(array.reshape(length, n_slices, *array.shape[1:]), 1, 0)
+        shape = (*array.shape[:axis], length, n_slices, *array.shape[axis + 1 :])
+        return jnp.moveaxis(array.reshape(shape), axis + 1, 0)
 
     def merge(stacked: Array) -> Array:
-        return jnp.moveaxis(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:size]
+        array = jnp.moveaxis(stacked, 0, out_axis + 1)
+        shape = (*array.shape[:out_axis], length * n_slices, *array.shape[out_axis + 2 :])
+        return lax.slice_in_dim(array.reshape(shape), 0, size, axis=out_axis)
 
-    # Rematerialised in the backward pass, which otherwise would keep every slice's intermediates.
-    one = jax.checkpoint(lambda each: evaluate(*each))
-    return jax.tree.map(merge, lax.map(one, tuple(map(split, block))))
+    slices = tuple(split(array, axis) for array, axis in zip(arrays, axes, strict=True))
+    return jax.tree.map(merge, lax.map(jax.checkpoint(lambda args: fn(*args)), slices))

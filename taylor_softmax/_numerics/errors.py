@@ -29,9 +29,16 @@ class Promise(NamedTuple):
 
 
 # Names of the quantities.
-CLASS_AXIS = "softmax over classes"
-CLASS_AXIS_CLOSED_FORM = "Taylor softmax over classes, order 2"
-CLASS_AXIS_TAYLOR = f"Taylor softmax over classes, orders 4 to {LARGEST_FINITE_ORDER}"
+CLASS_AXIS_CLOSED_FORM = "order 2 over classes"
+CLASS_AXIS_TWO = f"softmax, orders 4 to {LARGEST_FINITE_ORDER}, over 2 classes"
+CLASS_AXIS = f"softmax, orders 4 to {LARGEST_FINITE_ORDER}, over 3 classes and more"
+CLASS_AXIS_MANY = f"softmax, orders 4 to {LARGEST_FINITE_ORDER}, over 10 classes and more"
+SOFTMAX_VALUE = "softmax over classes, any variance: NNGP"
+SOFTMAX_SLOPE = "softmax over classes, any variance: NTK"
+CLOSED_FORM_VALUE = "order 2 over classes, any variance: NNGP"
+CLOSED_FORM_SLOPE = "order 2 over classes, any variance: NTK"
+TAYLOR_VALUE = f"orders 4 to {LARGEST_FINITE_ORDER} over classes, any variance: NNGP"
+TAYLOR_SLOPE = f"orders 4 to {LARGEST_FINITE_ORDER} over classes, any variance: NTK"
 INFINITE_WIDTH = "infinite width, any order"
 POSITIONS_CLOSED_FORM = "over up to 32 positions, order 2"
 POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
@@ -41,9 +48,16 @@ PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 cl
 
 # What errors are relative to.
 UNITS = {
-    CLASS_AXIS: "value at correlation 1",
     CLASS_AXIS_CLOSED_FORM: "value at correlation 1",
-    CLASS_AXIS_TAYLOR: "value at correlation 1",
+    CLASS_AXIS_TWO: "value at correlation 1",
+    CLASS_AXIS: "value at correlation 1",
+    CLASS_AXIS_MANY: "value at correlation 1",
+    SOFTMAX_VALUE: "value at correlation 1",
+    SOFTMAX_SLOPE: "value at correlation 1",
+    CLOSED_FORM_VALUE: "value at correlation 1",
+    CLOSED_FORM_SLOPE: "value at correlation 1",
+    TAYLOR_VALUE: "value at correlation 1",
+    TAYLOR_SLOPE: "value at correlation 1",
     INFINITE_WIDTH: "value at correlation 1",
     POSITIONS_CLOSED_FORM: "largest entry",
     POSITIONS_NNGP: "largest entry",
@@ -52,14 +66,22 @@ UNITS = {
     PROBABILITIES: "absolute",
 }
 
-# Over classes: of value and slope, that is of the NNGP beyond 1/n^2 and of the NTK's factor.
+# Over classes: of value and slope, that is of the NNGP beyond 1/n^2 and of the NTK's factor; of the
+# latter beyond a variance of 1e4 nothing is known to be right, and it is NaN.
 PROMISES = (
-    Promise(CLASS_AXIS_CLOSED_FORM, 1e6, 1e-7, 1e-4),
-    Promise(CLASS_AXIS, 100.0, 1e-6, 1e-4),
-    Promise(CLASS_AXIS, 1e4, 1e-4, 1e-3),
-    Promise(CLASS_AXIS, math.inf, 2e-3, 5e-3),
-    Promise(CLASS_AXIS_TAYLOR, 20.0, 1e-6, 1e-4),
-    Promise(CLASS_AXIS_TAYLOR, 1e4, 1e-4, 1e-3),
+    Promise(CLASS_AXIS_CLOSED_FORM, 20.0, 1e-7, 1e-4),
+    Promise(CLASS_AXIS_TWO, 4.0, 1e-4, 1e-4),
+    Promise(CLASS_AXIS, 4.0, 1e-6, 1e-4),
+    Promise(CLASS_AXIS_MANY, 10.0, 1e-4, 1e-4),
+    Promise(SOFTMAX_VALUE, 100.0, 2e-5, 1e-4),
+    Promise(SOFTMAX_VALUE, 1e4, 1e-4, 5e-4),
+    Promise(SOFTMAX_VALUE, 1e6, 1e-3, 2e-3),
+    Promise(SOFTMAX_SLOPE, 100.0, 1e-4, 5e-4),
+    Promise(SOFTMAX_SLOPE, 1e4, 1e-2, 2e-2),
+    Promise(CLOSED_FORM_VALUE, 1e6, 1e-5, 1e-3),
+    Promise(CLOSED_FORM_SLOPE, 1e4, 1e-2, 1e-2),
+    Promise(TAYLOR_VALUE, 1e4, 1e-3, 1e-3),
+    Promise(TAYLOR_SLOPE, 1e4, 5e-2, 5e-2),
     Promise(INFINITE_WIDTH, 1e3, 1e-12, 1e-5),
     Promise(POSITIONS_CLOSED_FORM, 4.0, 1e-7, 1e-4),
     Promise(POSITIONS_NNGP, 1.0, 2e-3, 2e-3),
@@ -84,11 +106,13 @@ def promised(quantity: str, variance: float, dtype: DTypeLike = float) -> float:
     raise KeyError(f"Nothing is promised of {quantity!r} at variance {variance:g}.")
 
 
-def class_axis(surrogate: Surrogate) -> str:
-    """The quantity that softmax over classes with `surrogate` is."""
+def beyond(surrogate: Surrogate) -> tuple[str, str]:
+    """What is promised of value and slope over classes at any variance."""
     if surrogate.is_shift_invariant:
-        return CLASS_AXIS
-    return CLASS_AXIS_CLOSED_FORM if surrogate.has_closed_form else CLASS_AXIS_TAYLOR
+        return SOFTMAX_VALUE, SOFTMAX_SLOPE
+    if surrogate.has_closed_form:
+        return CLOSED_FORM_VALUE, CLOSED_FORM_SLOPE
+    return TAYLOR_VALUE, TAYLOR_SLOPE
 
 
 def _scientific(x: float) -> str:
