@@ -100,7 +100,7 @@ def range_of_log_f(
 
 
 def _log_count(logits: Logits) -> Array:
-    """Logarithm of the number of classes, `(P,)`, of those that are there: others change no node."""
+    """Logarithm of the number of classes that are there, `(P,)`: others change no node."""
     count = jnp.sum(logits.present, axis=1, dtype=logits.mean.dtype)
     return jnp.log(jnp.maximum(count, 1))
 
