@@ -400,6 +400,7 @@ def log_transform(t, mean, variance):
     return -t / 2 - t * (1 + mean) ** 2 / (2 * scale) - mpmath.log(scale) / 2
 
 
+OUTPUTS = ("log_phi", "tilted_mean", "deviation", "tilted_variance")
 # Mean, variance and t.
 LOGITS = (
     (0.0, 1.0, 0.7),
@@ -414,33 +415,42 @@ LOGITS = (
 
 
 def posterior_errors(logit, mean_shift=0.0, dtype: Any = np.float64) -> list[float]:
-    """Of `log phi` and its two derivatives, up to sign, in eps of their size."""
+    """Of `log phi`, its two derivatives, up to sign, and the deviation, in eps of their size.
+
+    The deviation is a difference, 0 at some means: its size is that of its two terms.
+    """
     mean, variance, t = (float(dtype(x)) for x in logit)
     arguments = (jnp.asarray(x, dtype) for x in (mean + mean_shift, variance, t))
-    got = logit_order_2(*arguments)
+    got = dict(zip(OUTPUTS, logit_order_2(*arguments), strict=True))
     with mpmath.workdps(DIGITS):
-        values = [mpmath.mpf(x) for x in (t, mean, variance)]
+        at, mean, variance = (mpmath.mpf(x) for x in (t, mean, variance))
 
-        def function(t):
-            return log_transform(t, *values[1:])
+        def mean_of_f(mean, variance):
+            return -mpmath.diff(lambda t: log_transform(t, mean, variance), at)
 
-        exact = (
-            function(values[0]),
-            -mpmath.diff(function, values[0]),
-            mpmath.diff(function, values[0], 2),
-        )
-        sizes = [max(abs(x), mpmath.mpf(10) ** -300) for x in exact]
-        eps = float(np.finfo(dtype).eps)
+        # At variance 0 it is f(mean). The mean's part has its zero at mean -1.
+        by_mean = mean_of_f(mean, variance) - mean_of_f(-1, variance)
+        by_mean -= mean_of_f(mean, 0) - mean_of_f(-1, 0)
+        by_variance = mean_of_f(-1, variance) - mean_of_f(-1, 0)
+        exact = {
+            "log_phi": log_transform(at, mean, variance),
+            "tilted_mean": mean_of_f(mean, variance),
+            "deviation": by_mean + by_variance,
+            "tilted_variance": mpmath.diff(lambda t: log_transform(t, mean, variance), at, 2),
+        }
+        sizes = {name: abs(x) for name, x in exact.items()}
+        sizes["deviation"] = abs(by_mean) + abs(by_variance)
+        eps, floor = float(np.finfo(dtype).eps), mpmath.mpf(10) ** -40
         return [
-            float(abs(mpmath.mpf(float(g)) - x) / size / eps)
-            for g, x, size in zip(got, exact, sizes, strict=True)
+            float(abs(mpmath.mpf(float(got[name])) - exact[name]) / max(sizes[name], floor) / eps)
+            for name in OUTPUTS
         ]
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("logit", LOGITS)
 def test_logit_order_2(logit, dtype):
-    """To a few roundings wherever: no term has another sign than the rest."""
+    """To a few roundings of its terms, which but for the deviation have one sign."""
     assert max(posterior_errors(logit, dtype=dtype)) <= 8
 
 

@@ -19,7 +19,7 @@ from taylor_softmax._probabilities.moments import in_blocks, moments
 
 pytestmark = pytest.mark.core
 
-ORDERS = (None, 2, 4, 8, 32)
+ORDERS = (None, 2, 4, 32)
 
 
 def points(rng, n_classes, largest, unequal):
@@ -146,14 +146,13 @@ def test_against_sampling(order):
     assert np.max(np.abs(y.mean(0) - other) / stderr) > 4.5
 
 
-@pytest.mark.parametrize("n", [100, 1000])
 @pytest.mark.parametrize("variance", [0.1, 4.0, 30.0, 1e3, 1e4])
-def test_many_classes_and_large_variances(n, variance):
-    """Of two kinds, one of a variance 1e4 times as small; and of two classes."""
-    counts = np.array([n - 1, 1])
+def test_many_classes_and_large_variances(variance):
+    """Two, 100 and 1,000 classes of two kinds, the other's variance the same or 1e4 times less."""
     for mean, factor in (((0.0, 1.0), 1.0), ((0.0, -3.0), 1e-4)):
         v = variance * np.array([1.0, factor])
-        for copies in (counts, np.array([1, 1])):
+        for n in (2, 100, 1000):
+            copies = np.array([n - 1, 1])
             first, _, log_sum = oracle.moments(mean, v, counts=copies)
             point = np.repeat(mean, copies), np.repeat(v, copies)
             got = log_normalizer(*(jnp.asarray(x)[None] for x in point))
@@ -186,7 +185,7 @@ def test_excluded_classes():
         for function in (predict.class_probabilities, predict.class_probability_covariance):
             got = function(mean, variance, order=order)
             want = function(mean[:2], variance[:2], order=order)
-            np.testing.assert_allclose(got[..., :2][:2], want, atol=1e-14)
+            np.testing.assert_allclose(got[..., :2][:2], want, rtol=0, atol=1e-14)
             assert np.all(got[..., 2] == 0)
     got = predict.class_probabilities([0.3, 1.0, -np.inf], 1)
     np.testing.assert_allclose(got, [0.37517233, 0.62482767, 0], atol=1e-8)
@@ -248,7 +247,7 @@ def test_derivatives_of_the_log_normalizer():
 
 @pytest.mark.parametrize(
     ("order", "dtype"),
-    [(None, jnp.float64), (None, jnp.float32), (2, jnp.float32), (4, jnp.float64)],
+    [(None, jnp.float64), (None, jnp.float32), (2, jnp.float32), (8, jnp.float64)],
 )
 def test_variance_zero(order, dtype):
     """Softmax of the mean, and its derivatives: half the second one in the variance."""
@@ -282,8 +281,8 @@ def test_variance_zero(order, dtype):
 def test_the_sum_before_normalisation(order):
     """Probabilities sum to 1 by construction; that they did before is the rules' accuracy."""
     rng = np.random.default_rng(5)
-    mean = jnp.asarray(rng.normal(size=(60, 4)) * 3)
-    variance = jnp.asarray(10 ** rng.uniform(-3, 2, (60, 1)) * 10 ** rng.uniform(-2, 0, (60, 4)))
+    mean = jnp.asarray(rng.normal(size=(24, 4)) * 3)
+    variance = jnp.asarray(10 ** rng.uniform(-3, 2, (24, 1)) * 10 ** rng.uniform(-2, 0, (24, 4)))
     result = moments(mean, variance, parse(order), True)
     np.testing.assert_allclose(result.total, 1, atol=1e-6)
     np.testing.assert_allclose(jnp.sum(result.mean, 1), 1, atol=1e-15 * 4)

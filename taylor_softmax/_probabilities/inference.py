@@ -206,6 +206,37 @@ def initial_sites(y: Array) -> Sites:
     return Sites(jnp.zeros_like(y), curvature / max(1 - 1 / n_classes, 0.5))
 
 
+def _evaluate(
+    kernel: Array, y: Array, sites: Sites
+) -> tuple[Array, Callable[[], tuple[Sites, Array]]]:
+    """The bound at `sites`; and what computes direction and residual there, if they are wanted."""
+    divergence, q = _divergence(kernel, sites)
+    expected = log_normalizer(q.mean, q.variance)
+    value = jnp.sum(jnp.sum(y * q.mean, axis=1) - expected.value) - divergence
+    gradient = y - expected.mean - sites.alpha
+
+    def ascent() -> tuple[Sites, Array]:
+        curvature = jnp.maximum(expected.curvature, _LEAST_CURVATURE)
+        direction, slope = _ascent(kernel, sites, gradient, curvature, q)
+        return direction, jnp.maximum(jnp.max(jnp.abs(gradient)), slope)
+
+    return value, ascent
+
+
+def _begin(start: Sites, damping: ArrayLike, max_iterations: int) -> _Search:
+    """Before the first evaluation: any bound is better, and the direction is none."""
+    zero = jnp.zeros((), start.alpha.dtype)
+    return _Search(
+        start,
+        jax.tree.map(jnp.zeros_like, start),
+        zero - jnp.inf,
+        zero + jnp.inf,
+        zero + damping,
+        jnp.zeros((), int),
+        jnp.full((max_iterations, 2), jnp.nan, zero.dtype),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("max_iterations", "report"))
 def fit(
     kernel: Array,
@@ -229,26 +260,13 @@ def fit(
     size = jnp.asarray(y.size, kernel.dtype)
     slack = 10 * jnp.finfo(kernel.dtype).eps * size
 
-    def evaluate(sites: Sites) -> tuple[Array, Callable[[], tuple[Sites, Array]]]:
-        divergence, q = _divergence(kernel, sites)
-        expected = log_normalizer(q.mean, q.variance)
-        value = jnp.sum(jnp.sum(y * q.mean, axis=1) - expected.value) - divergence
-        gradient = y - expected.mean - sites.alpha
-
-        def ascent() -> tuple[Sites, Array]:
-            curvature = jnp.maximum(expected.curvature, _LEAST_CURVATURE)
-            direction, slope = _ascent(kernel, sites, gradient, curvature, q)
-            return direction, jnp.maximum(jnp.max(jnp.abs(gradient)), slope)
-
-        return value, ascent
-
     def advance(state: _Search) -> _Search:
         step = state.step
         sites = Sites(
             state.sites.alpha + step * state.direction.alpha,
             jnp.maximum(state.sites.precision + step * state.direction.precision, _LEAST_CURVATURE),
         )
-        value, ascent = evaluate(sites)
+        value, ascent = _evaluate(kernel, y, sites)
         better = value >= state.bound - slack * (1 + jnp.abs(state.bound) / size)
         direction, residual = lax.cond(better, ascent, lambda: (state.direction, state.residual))
         step = jnp.where(better, jnp.minimum(step * _LONGER, damping), step * _SHORTER)
@@ -264,15 +282,6 @@ def fit(
         going = (state.residual > tol) & (state.iterations < max_iterations)
         return going & (state.step > _SHORTEST)
 
-    zero = jnp.zeros((), kernel.dtype)
-    search = _Search(
-        start,
-        jax.tree.map(jnp.zeros_like, start),
-        zero - jnp.inf,
-        zero + jnp.inf,
-        zero + damping,
-        jnp.zeros((), int),
-        jnp.full((max_iterations, 2), jnp.nan, kernel.dtype),
-    )
+    search = _begin(start, damping, max_iterations)
     end = lax.while_loop(unfinished, advance, search)
     return Fit(end.sites, end.bound, end.residual, end.iterations, end.history)

@@ -182,6 +182,8 @@ def _with_covariance(logits: Logits, rule: Rule, surrogate: Surrogate) -> Moment
     m = jnp.sum(each.mean, axis=2)
     v = jnp.sum(w[..., None] * each.variance, axis=0)
     between = jnp.moveaxis(rest - m[..., None] * q, 0, 1)
+    # Its sum is 0 but for rounding, which is taken out: of a class alone the covariance is 0.
+    between = between - jnp.sum(between, axis=2, keepdims=True) * p[:, None, :]
     centring = jnp.eye(p.shape[1], dtype=p.dtype) - p[:, None, :]
     return Moments(p, _gram(w.T, between) + _gram(v, centring), total)
 

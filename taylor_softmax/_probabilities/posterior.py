@@ -191,14 +191,7 @@ def categorical_inference(
         raise ValueError(f"`damping` must be in (0, 1], got {damping}.")
     if not tol > 0:
         raise ValueError(f"`tol` must be positive, got {tol}.")
-    start = inference.initial_sites(y)
-    if init is not None:
-        if init.alpha.shape != y.shape:
-            raise ValueError(
-                f"`init` must have {y.shape[0]} inputs and {y.shape[1]} classes, got "
-                f"{init.alpha.shape}."
-            )
-        start = Sites(init.alpha.astype(y.dtype), init.site_precision.astype(y.dtype))
+    start = _start(y, init)
     fit = inference.fit(
         kernel,
         y,
@@ -268,6 +261,18 @@ def categorical_log_evidence(
         damping=damping,
     )
     return inference.bound(kernel, y, jax.lax.stop_gradient(fit.sites))
+
+
+def _start(y: Array, init: CategoricalPosterior | None) -> Sites:
+    """Sites to start from for labels `(N, C)`: those of `init`, if it has as many."""
+    if init is None:
+        return inference.initial_sites(y)
+    if init.alpha.shape != y.shape:
+        raise ValueError(
+            f"`init` must have {y.shape[0]} inputs and {y.shape[1]} classes, got "
+            f"{init.alpha.shape}."
+        )
+    return Sites(init.alpha.astype(y.dtype), init.site_precision.astype(y.dtype))
 
 
 def _report(iteration: Array, bound: Array, residual: Array) -> None:

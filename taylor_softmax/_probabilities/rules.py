@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from taylor_softmax._numerics.surrogate import Surrogate
 
@@ -89,7 +90,7 @@ def for_surrogate(surrogate: Surrogate) -> tuple[Rule, ...]:
 
 
 def range_of_log_f(
-    mean: Array, sigma: Array, surrogate: Surrogate, reach: float = REACH
+    mean: Array, sigma: Array, surrogate: Surrogate, reach: ArrayLike = REACH
 ) -> tuple[Array, Array]:
     """Least and largest `log f` of a logit, within reach of its mean."""
     left, right = mean - reach * sigma, mean + reach * sigma
@@ -98,11 +99,17 @@ def range_of_log_f(
     return least, jnp.max(ends, axis=0)
 
 
+def _log_count(logits: Logits) -> Array:
+    """Logarithm of the number of classes that are there, `(P,)`: others change no node."""
+    count = jnp.sum(logits.present, axis=1, dtype=logits.mean.dtype)
+    return jnp.log(jnp.maximum(count, 1))
+
+
 def _bounds(logits: Logits, surrogate: Surrogate) -> tuple[Array, Array]:
     """Where in `s` the product `w` begins to fall, and is about to vanish; `(P, C)` to `(P,)`."""
     mean, variance, present = logits
     # The largest of many logits reaches farther than each.
-    reach = math.sqrt(REACH**2 + 2 * math.log(mean.shape[1]))
+    reach = jnp.sqrt(REACH**2 + 2 * _log_count(logits))[:, None]
     least, largest = range_of_log_f(mean, jnp.sqrt(variance), surrogate, reach)
     if surrogate.is_shift_invariant:
         # 1 - w <= sum_j t E[f(z_j)], nearer than the largest f where variances are small. Nearer by
@@ -120,7 +127,7 @@ def fine_enough(logits: Logits, rules: tuple[Rule, ...], surrogate: Surrogate) -
     sigma = jnp.sqrt(logits.variance)
     least, largest = jnp.min(sigma, axis=1), jnp.max(sigma, axis=1)
     softmax = surrogate.is_shift_invariant
-    steps = _STEPS_PER_DEVIATION + _STEPS_PER_DECADE * math.log10(sigma.shape[1])
+    steps = _STEPS_PER_DEVIATION + _STEPS_PER_DECADE / math.log(10) * _log_count(logits)
     step = jnp.maximum(_STEP, least / steps) if softmax else _STEP
     length = upper - lower + _TAIL + math.log(_DECAY)
     # The largest of many wide classes is spread less than each.
