@@ -90,9 +90,7 @@ def test_order_2_of_independent_positions_is_the_class_kernel(size, dtype):
     a, c, b = 2.0, 1.1, 0.7
     covs = (jnp.asarray(x * np.eye(size), dtype) for x in (a, c, b))
     moment = taylor_softmax.joint_second_moment(*covs, order=2)
-    covariance = taylor_softmax.class_covariance(
-        a, c, b, n_classes=size, order=2, method=Direct()
-    )
+    covariance = taylor_softmax.class_covariance(a, c, b, n_classes=size, order=2, method=Direct())
     expected = 1 / size**2 + covariance * (np.eye(size) - 1 / size)
     np.testing.assert_allclose(moment, expected, atol=1e-7 if dtype == jnp.float64 else 1e-5)
 
@@ -205,18 +203,27 @@ def test_nngp_and_ntk_against_sampling(order, size, variance, kind):
         assert not np.all(np.abs(far - mean) < limit)
 
 
+@jax.jit
+def each_way(present, cov11, cross, cov22, theta):
+    """Value and slope at order 2, the value alone, and both by the recursion."""
+    one, two = (closed_form.prepare(cov, present) for cov in (cov11, cov22))
+    plainly = functools.partial(closed_form._sequential, one, two)
+    return (
+        closed_form.moment_and_slope(one, two, cross, theta),
+        closed_form.second_moment(one, two, cross),
+        jax.jvp(plainly, (cross,), (theta,)),
+    )
+
+
 @pytest.mark.parametrize("kind", oracle.KINDS)
 def test_order_2_in_eigenbases_is_the_plain_recursion(kind):
     of = oracle.problem(5, kind, 2.0)
     present = jnp.asarray([1.0, 1, 0, 1, 1])
     cov11, cross, cov22, theta = (jnp.asarray(x) * present[:, None] * present for x in of)
-    one, two = (closed_form.prepare(cov, present) for cov in (cov11, cov22))
-    got = closed_form.moment_and_slope(one, two, cross, theta)
-    plainly = functools.partial(closed_form._sequential, one, two)
-    want = jax.jvp(plainly, (cross,), (theta,))
+    got, alone, want = each_way(present, cov11, cross, cov22, theta)
     for value, expected in zip(got, want, strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-12)
-    np.testing.assert_allclose(closed_form.second_moment(one, two, cross), want[0], atol=1e-12)
+    np.testing.assert_allclose(alone, want[0], atol=1e-12)
 
 
 @pytest.mark.parametrize("order", [2, None])
@@ -332,38 +339,50 @@ def test_errors_name_the_argument():
 SIZE = 6
 
 
-def network(layer, width=128, end=None):
+def network(order, spatial, end, width=128):
+    """With a softmax over all the `spatial` axes, of these sizes."""
+
+    def window(size):
+        return tuple(min(size, n) for n in spatial)
+
+    # The pooled softmax sums to 1: a layer in between gives the pool something to average.
+    ends = {
+        "pool": stax.serial(stax.Conv(64, window(2)), stax.GlobalAvgPool()),
+        "flatten": stax.Flatten(),
+    }
     return stax.serial(
-        stax.Conv(width, (3,), padding="SAME", W_std=1.5, b_std=0.3),
+        stax.Conv(width, window(3), padding="SAME", W_std=1.5, b_std=0.3),
         stax.Relu(),
-        stax.Conv(width, (1,), W_std=1.5),
-        layer,
-        end or stax.GlobalAvgPool(),
+        stax.Conv(width, window(1), W_std=1.5),
+        stax.TaylorSoftmax(order, axis=tuple(range(1, 1 + len(spatial)))),
+        ends[end],
+        stax.Dense(1),
     )
 
 
-def inputs(masked):
+def inputs(spatial, padding=None):
     x = np.array(random.normal(random.key(0), (3, SIZE, 4)))
-    if masked:
-        x[0, 4:] = x[1, 3:] = 100.0
-    return jnp.asarray(x[:2]), jnp.asarray(x[2:])
+    if padding is not None:
+        x[0, 4:] = x[1, 3:] = padding
+    x = jnp.asarray(x.reshape(3, *spatial, 4))
+    return x[:2], x[2:]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("order", "end"), [(2, "pool"), (None, "flatten")])
-def test_kernel_is_that_of_wide_networks(order, end, masked):
-    layer = stax.Softmax(axis=1) if order is None else stax.TaylorSoftmax(order, axis=1)
-    # The pooled softmax sums to 1: a layer in between gives the pool something to average.
-    ends = {
-        "pool": stax.serial(stax.Conv(64, (2,)), stax.GlobalAvgPool()),
-        "flatten": stax.Flatten(),
-    }
-    last = stax.serial(ends[end], stax.Dense(1))
-    init_fn, apply_fn, kernel_fn = network(layer, end=last)
-    x1, x2 = inputs(masked)
+@pytest.mark.parametrize(
+    ("order", "end", "spatial", "masked"),
+    [
+        (2, "pool", (SIZE,), False),
+        (None, "flatten", (SIZE,), True),
+        (2, "flatten", (1, SIZE), True),
+        (None, "pool", (SIZE, 1), True),
+    ],
+)
+def test_kernel_is_that_of_wide_networks(order, end, spatial, masked):
+    init_fn, apply_fn, kernel_fn = network(order, spatial, end)
+    x1, x2 = inputs(spatial, 100.0 if masked else None)
     constant = {"mask_constant": 100.0} if masked else {}
-    exact = kernel_fn(x1, x2, ("nngp", "ntk"), **constant)
 
+    @jax.jit
     def sample(key):
         _, params = init_fn(key, x1.shape)
 
@@ -376,16 +395,20 @@ def test_kernel_is_that_of_wide_networks(order, end, masked):
             nt.empirical_ntk_fn(f, vmap_axes=None)(x1, x2, params),
         )
 
-    samples = jax.lax.map(jax.jit(sample), random.split(random.key(1), 100))
-    for name, values in zip(("nngp", "ntk"), samples, strict=True):
-        value = getattr(exact, name)
-        mean, stderr = np.mean(values, 0), np.std(values, 0) / np.sqrt(len(values))
+    samples = jax.lax.map(sample, random.split(random.key(1), 100))
+    statistics = [(np.mean(x, 0), np.std(x, 0) / np.sqrt(len(x))) for x in samples]
+
+    def agrees(kernel):
         # Width 128 leaves a bias of order 1/width.
-        assert np.all(np.abs(mean - value) < 4.5 * stderr + 0.03 * np.abs(value)), (
-            name,
-            mean,
-            value,
-        )
+        return [
+            np.all(np.abs(mean - value) < 4.5 * stderr + 0.03 * np.abs(value))
+            for value, (mean, stderr) in zip((kernel.nngp, kernel.ntk), statistics, strict=True)
+        ]
+
+    assert all(agrees(kernel_fn(x1, x2, ("nngp", "ntk"), **constant)))
+    if masked:
+        # Negative control: with zeros in the place of what is masked.
+        assert not all(agrees(kernel_fn(*inputs(spatial, 0.0), ("nngp", "ntk"))))
 
 
 @pytest.mark.core
@@ -423,10 +446,11 @@ def test_axes_of_images():
     flat = kernel(1, x.reshape(2, 6, 1, 4)).reshape(2, 2, 2, 3, 2, 3)
     both = kernel((1, 2), x)
     np.testing.assert_allclose(both, flat.transpose(0, 1, 2, 4, 3, 5), atol=1e-12)
-    # Over one: rows have softmaxes of their own, so the block of one row is that of it alone.
+    # Over one: rows have softmaxes of their own, so that the block of one row is blind to others.
     rows = kernel(2, x)
-    alone = kernel(2, x[:, 1:])
-    np.testing.assert_allclose(rows[:, :, 1:, 1:], alone, atol=1e-12)
+    others = kernel(2, x.at[:, :1].multiply(3.0))
+    np.testing.assert_allclose(rows[:, :, 1:, 1:], others[:, :, 1:, 1:], atol=1e-12)
+    assert np.max(np.abs(rows - others)) > 1e-3
     np.testing.assert_allclose(np.sum(rows, (-1, -2)), 1, atol=1e-6)
     turned = kernel(1, jnp.swapaxes(x, 1, 2))
     np.testing.assert_allclose(rows, turned.transpose(0, 1, 4, 5, 2, 3), atol=1e-12)
