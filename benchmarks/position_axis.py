@@ -63,6 +63,38 @@ def error_table(sizes: tuple[int, ...], n_samples: int) -> str:
     return table(["positions", "covariances", "variance", *header], rows)
 
 
+def layer_kernels(of: oracle.Problem, order: int | None) -> list[np.ndarray]:
+    """NNGP and NTK of the layer on logits as in `of`, whose NTK is their covariance."""
+    joint = np.block([[of.cov11, of.cov12], [of.cov12.T, of.cov22]])
+    values, vectors = np.linalg.eigh(joint)
+    # `Conv` divides by the number of channels.
+    x = vectors * np.sqrt(np.maximum(values, 0) * len(joint))
+    x1, x2 = (jnp.asarray(each)[None] for each in np.split(x, 2))
+    kernel_fn = stax.serial(stax.Conv(1, (1,)), stax.TaylorSoftmax(order, axis=1))[2]
+    kernel: Any = kernel_fn(x1, x2, ("nngp", "ntk"))
+    return [np.asarray(each[0, 0]) for each in (kernel.nngp, kernel.ntk)]
+
+
+def ntk_table(sizes: tuple[int, ...], n_samples: int) -> str:
+    """Largest errors of the layer's kernels over the largest entry, and the standard error."""
+    rows = []
+    for size in sizes:
+        for variance in VARIANCES:
+            row = [f"{size}", f"{variance:g}"]
+            of = oracle.problem(size, variance=variance, rho=0.95, seed=size)
+            of = of._replace(theta=of.cov12)
+            for order in (2, *ORDERS):
+                progress(f"NTK, {size} positions, variance {variance:g}, {name(order)}")
+                sampled = oracle.sample(of, order=order, n_samples=n_samples)
+                for value, (mean, stderr) in zip(layer_kernels(of, order), sampled, strict=True):
+                    largest = np.max(np.abs(mean))
+                    error, noise = np.max(np.abs(value - mean)), np.max(stderr)
+                    row.append(f"{error / largest:.1e} ({noise / largest:.0e})")
+            rows.append(row)
+    header = [f"{name(o)}: {kernel}" for o in (2, *ORDERS) for kernel in ("NNGP", "NTK")]
+    return table(["positions", "variance", *header], rows)
+
+
 def _kernel(size: int, order: int | None, get: str | tuple[str, ...], dtype: Any, n: int) -> Any:
     layer = stax.TaylorSoftmax(order, axis=1)
     kernel_fn = stax.serial(stax.Conv(8, (1,)), layer)[2]
@@ -129,6 +161,13 @@ Largest error of `joint_second_moment` over the largest entry, against {samples:
 cross-correlations of {correlations}: the series to degree 2 alone, with 1,024 points per pair, and
 with the default number. "sampling" is the largest standard error of what they are compared with."""
 
+LAYERS = """\
+## NNGP and NTK
+
+Of the layer with the default method, with logits correlated by 0.95 whose NTK is their covariance:
+largest error over the largest entry, against {samples:,} samples by NumPy and their negatives, with
+the largest standard error in brackets."""
+
 TIMES = """\
 ## Time per pair
 
@@ -155,7 +194,10 @@ def main() -> None:
     listed = ", ".join(f"{rho:g}" for rho in CORRELATIONS)
     parts = ["# Positions", environment("benchmarks.position_axis", sys.argv[1:])]
     parts += [EXPLANATION.format(samples=n_samples, correlations=listed)]
-    parts += [error_table(sizes[0], n_samples), TIMES.format(few=counts[0], many=counts[1])]
+    parts += [error_table(sizes[0], n_samples)]
+    n_pairs = 5_000 if quick else 400_000
+    parts += [LAYERS.format(samples=n_pairs), ntk_table(sizes[2], n_pairs)]
+    parts += [TIMES.format(few=counts[0], many=counts[1])]
     parts += [time_table(sizes[1], repetitions, counts), EIGENVALUES.format(n=n)]
     publish([*parts, eigenvalue_table(sizes[2], n)], arguments.output)
 

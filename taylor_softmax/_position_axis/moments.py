@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from taylor_softmax._numerics.arguments import Validated, broadcast_covariances
 from taylor_softmax._numerics.precision import matmul
@@ -137,7 +137,7 @@ def _joint_second_moments(
     """Compiled once for all calls of a shape; covariances `(pairs, S, S)`."""
     present = jnp.ones(cov11.shape[:2], cov11.dtype)
     one, two = (prepare(cov, present, surrogate=surrogate, method=method) for cov in (cov11, cov22))
-    index = np.arange(len(cov11))
+    index = jnp.arange(len(cov11))
     return second_moments(one, two, index, index, cov12, None, surrogate, method)[0]
 
 
@@ -151,6 +151,9 @@ def check_method(method: Any, surrogate: Surrogate) -> Method:
     return choose(method, *methods(surrogate), axis=f"{surrogate} over positions")
 
 
+# Compiled once for all calls of a shape, also of layers outside `jit`: a loop is compiled anew
+# wherever it is written down, which takes longer than what it computes for a few inputs.
+@functools.partial(jax.jit, static_argnames=("surrogate", "method"))
 def prepare(
     covariance: Float[Array, "n S S"],
     present: Float[Array, "n S"],
@@ -175,11 +178,12 @@ def prepare(
     return lax.map(jax.checkpoint(expand), (covariance, present, noise))
 
 
+@functools.partial(jax.jit, static_argnames=("surrogate", "method"))
 def second_moments(
     one: Input,
     two: Input,
-    first: np.ndarray,
-    second: np.ndarray,
+    first: Int[Array, " pairs"],
+    second: Int[Array, " pairs"],
     cov12: Float[Array, "pairs S S"],
     theta: Float[Array, "pairs S S"] | None,
     surrogate: Surrogate,
@@ -206,7 +210,7 @@ def second_moments(
             return closed_form.second_moment(left, right, cov12), None
         return closed_form.moment_and_slope(left, right, cov12, theta)
 
-    args = jnp.asarray(first), jnp.asarray(second), cov12, theta
+    args = first, second, cov12, theta
     step = _pairs_at_once(cov12.shape[-1], surrogate, method)
     return lax.map(jax.checkpoint(pair), args, batch_size=step)
 
