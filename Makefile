@@ -36,8 +36,9 @@ derivations: setup
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.positions
+	$(BIN)/python -m benchmarks.position_axis
 	$(BIN)/python -m benchmarks.probabilities
+	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.attention
 
 # Goes on with what an interrupted run has saved; ACCURACY holds options, such as --quick.

@@ -17,7 +17,12 @@ import numpy as np
 from jax import Array
 
 from benchmarks.report import environment, progress, publish, table
-from taylor_softmax.predict import class_probabilities, class_probability_covariance
+from oracles import probabilities as oracle
+from taylor_softmax.predict import (
+    class_probabilities,
+    class_probability_covariance,
+    expected_log_normalizer,
+)
 
 N_SAMPLES = 100
 CLASSES = (2, 3, 10, 100)
@@ -90,22 +95,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-def brute_force(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """`E[softmax(z)]` for one point, `(C,)`: fine trapezoidal rules in `log t` and the logits."""
-    sigma = np.sqrt(variance)
-    x = np.linspace(-8, 8, max(100, int(16 * sigma.max() / 0.15)))
-    weight = np.exp(-(x**2) / 2) / np.sum(np.exp(-(x**2) / 2))
-    z = mean[:, None] + sigma[:, None] * x
-    total = np.zeros_like(mean)
-    nodes = np.arange(-z.max() - 37, np.log(40) - z.min(1).max(), 0.15)
-    for s in np.array_split(nodes, -(-nodes.size * z.size // 2_000_000)):
-        value = np.exp(np.minimum(s[:, None, None] + z, 6.5))
-        tilt = np.exp(-value) * weight
-        phi = np.maximum(tilt.sum(-1), 1e-300)
-        total += np.exp(np.log(phi).sum(1)) @ ((value * tilt).sum(-1) / phi) * 0.15
-    return total
-
-
 def points(n_points: int, n_classes: int, variance: float, rng: Any) -> tuple[Any, Any]:
     """Means of scale 0 to 5 and variances of up to `variance`, equal within every second point."""
     mean = rng.normal(size=(n_points, n_classes)) * rng.uniform(0, 5, (n_points, 1))
@@ -122,8 +111,9 @@ def error_table(n_points: int, dtype: Any) -> str:
         for n_classes in CLASSES:
             progress(f"brute force: {n_classes} classes, variance {variance:g}")
             mean, v = points(max(2, n_points * 3 // (2 + n_classes)), n_classes, variance, rng)
-            want = [brute_force(*map(np.float64, point)) for point in zip(mean, v, strict=True)]
-            problems[variance].append((mean, v, np.stack(want)))
+            want = [oracle.moments(*point) for point in zip(mean, v, strict=True)]
+            sums = np.array([moments.log_normalizer for moments in want])
+            problems[variance].append((mean, v, np.stack([m.first for m in want]), sums))
     rows = []
     for name, method in METHODS.items():
         method = jax.jit(method)
@@ -133,10 +123,21 @@ def error_table(n_points: int, dtype: Any) -> str:
                 np.abs(
                     np.asarray(method(jnp.asarray(m, dtype), jnp.asarray(v, dtype))) - want
                 ).max()
-                for m, v, want in problems[variance]
+                for m, v, want, _ in problems[variance]
             ]
             row.append(f"{max(errors):.0e}")
         rows.append([name, *row])
+    row = ["expected_log_normalizer (relative above 1)"]
+    for variance in VARIANCES:
+        errors = [
+            np.max(
+                np.abs(np.asarray(expected_log_normalizer(m.astype(dtype), v.astype(dtype))) - sums)
+                / np.maximum(1, np.abs(sums))
+            )
+            for m, v, _, sums in problems[variance]
+        ]
+        row.append(f"{max(errors):.0e}")
+    rows.append(row)
     return table(["largest error", *(f"variance {v:g}" for v in VARIANCES)], rows)
 
 
@@ -147,6 +148,7 @@ def time_table(n_points: int, n_classes: int, repetitions: int, dtype: Any) -> s
         "class_probabilities": exact,
         "class_probabilities, order=2": lambda m, v: class_probabilities(m, v, order=2),
         "class_probability_covariance": class_probability_covariance,
+        "expected_log_normalizer": expected_log_normalizer,
         f"Monte Carlo, {N_SAMPLES} samples": monte_carlo,
         "probit": probit,
     }

@@ -1,13 +1,20 @@
 """Class probabilities of handwritten digits from infinite networks, and what approximations cost.
 
 Turns the Gaussian posteriors of an infinitely wide network (NNGP and NTK) into class probabilities,
-compares the exact expectation with what is used in its place, trains finite networks on their
-empirical kernels, and draws a reliability diagram beside this file:
+compares the exact expectation with what is used in its place, and with the posterior of the
+categorical model itself at the scale of the kernel that its evidence picks; trains finite networks
+on their empirical kernels, and draws reliability and evidence beside this file:
 `python examples/classification.py`.
+
+What each is for: least squares pushed through softmax is one linear solve, but how confident it is
+is set by its targets (`CONFIDENCE`), which somebody has to tune on held-out labels. Categorical
+inference takes tens of solves a class, has nothing to tune but the kernel, and says by a bound on
+the evidence which kernel, without held-out labels. It is no better a classifier: here, on 300
+images, 96 % against 97 %, with a larger NLL, since it is less sure than it is right.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +24,7 @@ from jax import Array
 from sklearn.datasets import load_digits
 
 from taylor_softmax import class_kernel, losses, stax  # before neural_tangents: mends it
-from taylor_softmax.predict import class_posterior
+from taylor_softmax.predict import categorical_inference, class_posterior
 
 import neural_tangents as nt  # isort: skip
 
@@ -31,6 +38,7 @@ N_TRAIN, N_TEST = 300, 1000
 N_SMALL = 60  # training images of the finite networks
 N_SAMPLES = 100
 TIME = 20.0  # of training the finite networks
+SCALES = (1.0, 3.0, 10.0, 30.0, 100.0)  # variances of the logits to choose from by evidence
 # Regression targets are the logits of a distribution that gives the label this probability. It sets
 # how confident predictions are on average, by whichever method; 0.99 leaves them underconfident.
 CONFIDENCE = 0.9999
@@ -77,46 +85,112 @@ def probabilities(gaussian: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(p) for name, p in results.items()}
 
 
+def categorical(
+    x_train: Array, labels: np.ndarray, x_test: Array
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Evidence bounds, and class probabilities of the test images, at each of `SCALES`."""
+    evidence, results, posterior = [], [], None
+    for scale in SCALES:
+        kernel_fn: Any = body(512, scale)[2]
+        k_train, k_cross = (kernel_fn(x, x_train, "nngp") for x in (x_train, x_test))
+        # From one scale to the next the posterior changes little.
+        posterior = categorical_inference(
+            (k_train + k_train.T) / 2, labels, n_classes=N_CLASSES, tol=1e-3, init=posterior
+        )
+        k_test = kernel_fn(x_test, None, "nngp")
+        evidence.append(float(posterior.log_evidence))
+        results.append(np.asarray(posterior(k_cross, jnp.diagonal(k_test)).probabilities))
+        print(
+            f"logit variance {scale:5g}: log evidence {evidence[-1]:8.1f}, "
+            f"{posterior.iterations} iterations"
+        )
+    return np.array(evidence), results
+
+
+class Scores(NamedTuple):
+    """Accuracy, negative log-likelihood in nats, Brier score, expected calibration error."""
+
+    accuracy: float
+    nll: float
+    brier: float
+    calibration: float
+
+
 def reliability(p: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> np.ndarray:
-    """Mean confidence, accuracy and share of images in bins of confidence, `(bins, 3)`."""
+    """In bins of confidence: its mean, accuracy, share of images, standard error of accuracy."""
     confidence, correct = p.max(1), p.argmax(1) == labels
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     chosen = [bins == i for i in range(n_bins)]
-    return np.array(
-        [(confidence[c].mean(), correct[c].mean(), c.mean()) for c in chosen if c.any()]
+    rows = []
+    for c in chosen:
+        if c.any():
+            # Of Laplace's estimate, which is not 0 where all are right.
+            rate = (correct[c].sum() + 1) / (c.sum() + 2)
+            error = np.sqrt(rate * (1 - rate) / (c.sum() + 2))
+            rows.append((confidence[c].mean(), correct[c].mean(), c.mean(), error))
+    return np.array(rows)
+
+
+def scores(p: np.ndarray, labels: np.ndarray) -> Scores:
+    confidence, accuracy, share, _ = reliability(p, labels).T
+    likelihood = p[np.arange(len(labels)), labels]
+    brier = np.mean(np.sum((p - np.eye(N_CLASSES)[labels]) ** 2, axis=1))
+    return Scores(
+        float(np.mean(p.argmax(1) == labels)),
+        float(-np.log(likelihood).mean()),
+        float(brier),
+        float(share @ np.abs(confidence - accuracy)),
     )
 
 
-def scores(p: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy, negative log-likelihood in nats, expected calibration error."""
-    confidence, accuracy, share = reliability(p, labels).T
-    likelihood = p[np.arange(len(labels)), labels]
-    error = float(share @ np.abs(confidence - accuracy))
-    return float(np.mean(p.argmax(1) == labels)), float(-np.log(likelihood).mean()), error
-
-
 def print_scores(results: dict[str, dict[str, np.ndarray]], labels: np.ndarray) -> None:
-    print(f"{'':27}{'accuracy':>10}{'NLL':>9}{'ECE':>9}{'largest error':>16}")
+    print(f"{'':39}{'accuracy':>10}{'NLL':>9}{'Brier':>9}{'ECE':>9}{'largest error':>16}")
     for kind, methods in results.items():
+        exact = next(iter(methods.values()))
         for name, p in methods.items():
-            accuracy, likelihood, calibration = scores(p, labels)
-            error = np.max(np.abs(p - methods["exact"]))
-            line = f"{kind.upper():>5}  {name:<20}{accuracy:>10.1%}{likelihood:>9.4f}"
-            print(f"{line}{calibration:>9.4f}" + (f"{error:>16.1e}" if error else ""))
+            score = scores(p, labels)
+            error = np.max(np.abs(p - exact))
+            line = f"{kind:>19}  {name:<18}{score.accuracy:>10.1%}{score.nll:>9.4f}"
+            line += f"{score.brier:>9.4f}{score.calibration:>9.4f}"
+            print(line + (f"{error:>16.1e}" if error else ""))
 
 
-def draw(path: Path, results: dict[str, dict[str, np.ndarray]], labels: np.ndarray) -> None:
-    """Reliability diagrams: on the diagonal, the share of right answers is as announced."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
-    for panel, (kind, methods) in zip(axes, results.items(), strict=True):
+def draw(
+    path: Path,
+    results: dict[str, dict[str, np.ndarray]],
+    labels: np.ndarray,
+    evidence: np.ndarray,
+    by_scale: list[np.ndarray],
+) -> None:
+    """Reliability: on the diagonal, the share of right answers is as announced; and evidence."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    chosen: Any = {f"{kind}, exact": methods["exact"] for kind, methods in results.items()}
+    nngp: Any = {n: p for n, p in results["NNGP"].items() if n != "exact"}
+    for panel, title, methods in (
+        (axes[0], "Exact expectations", chosen),
+        (axes[1], "NNGP least squares, approximated", nngp),
+    ):
         panel.plot([0, 1], [0, 1], color="black", lw=0.8)
-        for (name, p), style in zip(methods.items(), ("o-", "s-", "^--", "x:"), strict=True):
-            confidence, accuracy, _ = reliability(p, labels).T
-            label = f"{name} (ECE {scores(p, labels)[2]:.3f})"
-            panel.plot(confidence, accuracy, style, ms=5, lw=1, label=label)
-        panel.legend(frameon=False, loc="upper left")
-        panel.set(title=f"{kind.upper()} posterior", xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-    axes[0].set(ylabel="share of right answers")
+        for (name, p), style in zip(methods.items(), ("o-", "s-", "^--"), strict=True):
+            confidence, accuracy, _, error = reliability(p, labels).T
+            label = f"{name} (ECE {scores(p, labels).calibration:.3f})"
+            panel.errorbar(
+                confidence, accuracy, error, fmt=style, ms=5, lw=1, capsize=2, label=label
+            )
+        panel.set(title=title, xlabel="confidence", ylabel="share of right answers")
+        panel.set(xlim=(0, 1), ylim=(0, 1))
+    axes[2].semilogx(SCALES, evidence, "o-", color="C0", label="log evidence (left)")
+    axes[2].set(title="Categorical, by scale", xlabel="variance of the logits", ylabel="nats")
+    likelihood = axes[2].twinx()
+    nll = [scores(p, labels).nll for p in by_scale]
+    likelihood.semilogx(SCALES, nll, "s--", color="C1", label="test NLL (right)")
+    likelihood.set(ylabel="nats an image")
+    lines = [*axes[2].get_lines(), *likelihood.get_lines()]
+    # Below the axes, off the curves.
+    below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "frameon": False}
+    for panel in axes[:2]:
+        panel.legend(**below)
+    axes[2].legend(lines, [str(line.get_label()) for line in lines], **below)
     figure.savefig(path, dpi=120)
 
 
@@ -173,13 +247,16 @@ def sample_kernels(x: Array) -> None:
 def main() -> None:
     x_train, train_labels, x_test, test_labels = load()
     gaussians = posteriors(x_train, train_labels, x_test)
-    results = {kind: probabilities(gaussian) for kind, gaussian in gaussians.items()}
+    results = {kind.upper(): probabilities(gaussian) for kind, gaussian in gaussians.items()}
     print(f"Digits: {N_TRAIN} training and {N_TEST} test images")
+    evidence, by_scale = categorical(x_train, train_labels, x_test)
+    best = int(np.argmax(evidence))
+    results[f"categorical, {SCALES[best]:g}"] = {"exact": by_scale[best]}
     print_scores(results, test_labels)
     train_finite(x_train, train_labels, x_test, test_labels)
     sample_kernels(x_train)
     path = Path(__file__).with_suffix(".png")
-    draw(path, results, test_labels)
+    draw(path, results, test_labels, evidence, by_scale)
     print(f"\nFigure: {path.name}")
 
 

@@ -13,7 +13,7 @@ both `exp(c)` for softmax itself, and for the Taylor polynomial of order m, by M
 """
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from taylor_softmax._generated import infinite_width
 from taylor_softmax._numerics.surrogate import Exponential, Surrogate
@@ -32,8 +32,7 @@ _EMITTED = {
 def moments(var1: Array, cov12: Array, var2: Array, *, surrogate: Surrogate) -> tuple[Array, Array]:
     """`(nngp, d nngp / d cov12)` of the infinitely wide layer, for arrays that broadcast.
 
-    For softmax both overflow where `exp(cov12)` does, as the limit itself does. In float32 at
-    variances near 1e3, orders above 16 lose digits: 7e-3 at order 32.
+    For softmax both overflow where `exp(cov12)` does, as the limit itself does.
     """
     if isinstance(surrogate, Exponential):
         value = jnp.exp(cov12) * jnp.ones_like(var1 * var2)
@@ -50,20 +49,41 @@ def moments(var1: Array, cov12: Array, var2: Array, *, surrogate: Surrogate) -> 
 
 
 def _mehler(var1: Array, cov12: Array, var2: Array, order: int, normaliser: int) -> Array:
-    """`E[f_m(u) f_m(v)] / (E[f_k(u)] E[f_k(v)])` for `m = order`, `k = normaliser`."""
+    """`E[f_m(u) f_m(v)] / (E[f_k(u)] E[f_k(v)])` for `m = order`, `k = normaliser`.
+
+    In float32 `e_0(x) / e_16(x)` underflows when squared at variances near 1e3, and the sums
+    themselves overflow at 1e5. Divided by a power of `s = max(1, x / M)` for each of their `M`
+    degrees they stay between 1 and `exp(M)`; what is taken out of one term is put into the step of
+    Horner's scheme to the next.
+    """
     # order <= normaliser: the sums up to the normaliser's hold all that are needed.
-    sums1, sums2 = (_exponential_sums(v / 2, normaliser // 2) for v in (var1, var2))
-    ratio1, ratio2 = sums1 / sums1[-1], sums2 / sums2[-1]
+    most = normaliser // 2
+    scales, ratios = [], []
+    for x in (var1 / 2, var2 / 2):
+        # Whatever the scale, the result is the same: it needs no derivative.
+        scale = lax.stop_gradient(jnp.maximum(1.0, x / most))
+        sums = _exponential_sums(x, scale, most)
+        scales.append(scale)
+        ratios.append(sums / sums[-1])
     total = jnp.zeros_like(var1 * cov12 * var2)
+    before = 0
     for j in range(order, -1, -1):
         r = (order - j) // 2
-        total = total * cov12 / (j + 1) + ratio1[r] * ratio2[r]
+        step = cov12 / (j + 1)
+        if r > before:
+            step = step / scales[0] / scales[1]
+        total, before = total * step + ratios[0][r] * ratios[1][r], r
+    for _ in range(most - before):
+        total = total / scales[0] / scales[1]
     return total
 
 
-def _exponential_sums(x: Array, largest: int) -> Array:
-    """`e_r(x)` for `r <= largest`, stacked in front."""
-    terms = [jnp.ones_like(x)]
+def _exponential_sums(x: Array, scale: Array, largest: int) -> Array:
+    """`e_r(x) / scale^r` for `r <= largest`, stacked in front."""
+    total = term = jnp.ones_like(x)
+    sums = [total]
     for i in range(1, largest + 1):
-        terms.append(terms[-1] * x / i)
-    return jnp.cumsum(jnp.stack(terms), axis=0)
+        term = term * (x / scale) / i
+        total = total / scale + term
+        sums.append(total)
+    return jnp.stack(sums)

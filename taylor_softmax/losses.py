@@ -1,17 +1,27 @@
 """Losses for training in function space, `nt.predict.gradient_descent`."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array, nn
+from jax import Array
 
 from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.precision import log_tiny
 from taylor_softmax._numerics.surrogate import Surrogate, parse
+from taylor_softmax.nn import log_taylor_softmax
+
+__all__ = ["cross_entropy"]
 
 
 def cross_entropy(
-    order: Validated[int | None] = None, *, probabilities: Validated[bool] = False
+    order: Validated[int | None] = None,
+    *,
+    probabilities: Validated[bool] = False,
+    margin: Validated[float] = 0.0,
 ) -> Callable[[Array, Array], Any]:
     """The cross-entropy `-sum_i y_i log p_i`, averaged over all axes but the last.
 
@@ -26,25 +36,27 @@ def cross_entropy(
       linearised network can leave the simplex. Below `eps`, the rounding error of 1, the logarithm
       goes on along its tangent: the loss stays convex and differentiable, and drives outputs back.
 
+    With a `margin` `m > 0`, the soft-margin softmax (Liang et al. 2017) and, if `order` is given,
+    the SM-Taylor softmax (Banerjee et al. 2020, arXiv 2011.11538): the logit of each target has to
+    exceed the others by `m` for the same loss,
+
+        p_i = f(z_i - m) / (f(z_i - m) + sum_{j != i} f(z_j)).
+
     Args:
       order: even order of the Taylor softmax that is applied to logits, or `None` for softmax.
       probabilities: whether the network's outputs are probabilities already.
+      margin: `m`, in units of a logit; nonnegative and finite.
 
     Returns:
       `loss(fx, y)` for outputs and targets of the same shape `(..., C)`, the targets one-hot or
       probabilities; a scalar, in nats.
 
     Raises:
-      TypeError: `order` is not an integer.
-      ValueError: `order` is odd or below 2, or given although outputs are probabilities.
+      TypeError: `order` is not an integer, `probabilities` no boolean, or `margin` no number.
+      ValueError: `order` is odd or below 2; `margin` is negative or not finite; or one of them is
+        given although outputs are probabilities.
     """
-    surrogate = parse(order)
-    if probabilities and order is not None:
-        raise ValueError(
-            f"`order` must be None with `probabilities=True`, got {order}: the network has applied "
-            "its softmax already."
-        )
-    log_probabilities = _log_of_probabilities if probabilities else _log_softmax(surrogate)
+    log_probabilities = _log_probabilities(parse(order), probabilities, margin)
 
     def loss(fx: Array, y: Array) -> Array:
         if jnp.shape(fx) != jnp.shape(y):
@@ -60,14 +72,43 @@ def cross_entropy(
     return loss
 
 
-def _log_softmax(surrogate: Surrogate) -> Callable[[Array], Array]:
-    def log_softmax(fx: Array) -> Array:
-        # `-inf` excludes a class; a Taylor polynomial of it would be infinite.
-        excluded = jnp.isneginf(fx)
-        log_f = surrogate.log_value(jnp.where(excluded, 0, fx))
-        return nn.log_softmax(jnp.where(excluded, -jnp.inf, log_f))
+def _log_probabilities(
+    surrogate: Surrogate, probabilities: Any, margin: Any
+) -> Callable[[Array], Array]:
+    """What takes outputs to `log p`, or what is wrong with the arguments of the loss."""
+    if not isinstance(probabilities, bool):
+        raise TypeError(f"`probabilities` must be a boolean, got {probabilities!r}.")
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise TypeError(f"`margin` must be a number, got {margin!r}.")
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"`margin` must be nonnegative and finite, got {margin}.")
+    if not probabilities:
+        if margin:
+            return functools.partial(_log_soft_margin, surrogate=surrogate, margin=margin)
+        return functools.partial(log_taylor_softmax, order=surrogate.order)
+    for name, value in (("order", surrogate.order), ("margin", margin)):
+        if value:
+            raise ValueError(
+                f"`{name}` applies to logits, got {value} with `probabilities=True`: the network "
+                "has applied its softmax already."
+            )
+    return _log_of_probabilities
 
-    return log_softmax
+
+def _log_soft_margin(fx: Array, *, surrogate: Surrogate, margin: float) -> Array:
+    present = ~jnp.isneginf(fx)
+    z = jnp.where(present, fx, 0)
+    log_f = jnp.where(present, surrogate.log_value(z), -jnp.inf)
+    total = jax.nn.logsumexp(log_f, axis=-1, keepdims=True)
+    largest = jax.nn.one_hot(jnp.argmax(log_f, -1), fx.shape[-1], dtype=bool)
+    # The sum without the largest, which the total would cancel; of a class alone, nearly nothing.
+    rest = jnp.where(largest, total + log_tiny(fx.dtype), log_f)
+    rest = jax.nn.logsumexp(rest, axis=-1, keepdims=True)
+    # Any other is at most half of the total.
+    share = jnp.exp(jnp.where(largest, -1.0, log_f - total))
+    others = jnp.where(largest, rest, total + jnp.log1p(-share))
+    own = surrogate.log_value(z - margin)
+    return jnp.where(present, own - jnp.logaddexp(own, others), -jnp.inf)
 
 
 def _log_of_probabilities(fx: Array) -> Array:

@@ -79,12 +79,54 @@ def test_probabilities_beyond_the_simplex(dtype):
     assert slopes == sorted(slopes)
 
 
+@pytest.mark.parametrize("order", [None, 2, 8])
+@pytest.mark.parametrize("margin", [0.0, 0.3, 5.0])
+def test_margin(order, margin):
+    """Banerjee et al. 2020: the target's logit is taken `margin` smaller, and that alone."""
+    z = np.array([[0.3, -1.2, 2.0, 0.1], [30.0, -2.0, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    log_f = np.asarray(parse(order).log_value(jnp.asarray(z)))
+    shifted = np.asarray(parse(order).log_value(jnp.asarray(z - margin)))
+    for target in range(4):
+        others = np.where(np.arange(4) == target, shifted, log_f)
+        want = -(shifted[:, target] - np.log(np.sum(np.exp(others), 1)))
+        y = jnp.broadcast_to(jax.nn.one_hot(target, 4), z.shape)
+        got = [
+            losses.cross_entropy(order, margin=margin)(jnp.asarray(a[None]), b[None])
+            for a, b in zip(z, y, strict=True)
+        ]
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+    if margin:
+        # Negative control: it is not the loss without.
+        plain = losses.cross_entropy(order)(jnp.asarray(z), y)
+        assert abs(losses.cross_entropy(order, margin=margin)(jnp.asarray(z), y) - plain) > 0.01
+
+
+@pytest.mark.parametrize("order", [None, 8])
+def test_gradients_with_a_margin(order):
+    loss = losses.cross_entropy(order, margin=0.5)
+    z = jnp.asarray([[0.3, -jnp.inf, 1e4, 0.1], [-jnp.inf, -jnp.inf, 0.0, -jnp.inf]])
+    y = jnp.asarray([[1.0, 0, 0, 0], [0, 0, 1.0, 0]])
+    value, gradient = jax.value_and_grad(loss)(z, y)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+    z = jnp.asarray([[0.3, -0.4, 1.1, 0.1]])
+    gradient = jax.grad(loss)(z, y[:1])
+    for i in range(4):
+        ends = [loss(z.at[0, i].add(s * 1e-5), y[:1]) for s in (1, -1)]
+        np.testing.assert_allclose(gradient[0, i], (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"order": 3}, ValueError, "`order`.*3"),
         ({"order": "2"}, TypeError, "`order`.*'2'"),
         ({"order": 2, "probabilities": True}, ValueError, "`order`.*got 2"),
+        ({"margin": 0.5, "probabilities": True}, ValueError, "`margin`.*got 0.5"),
+        ({"margin": -1.0}, ValueError, "`margin`.*-1.0"),
+        ({"margin": float("inf")}, ValueError, "`margin`.*inf"),
+        ({"margin": "1"}, TypeError, "`margin`.*'1'"),
+        ({"probabilities": "no"}, TypeError, "`probabilities`.*'no'"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):

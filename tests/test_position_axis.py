@@ -10,9 +10,11 @@ import pytest
 from jax import random
 
 import taylor_softmax
+from oracles import position_axis as oracle
 from taylor_softmax import stax
+from taylor_softmax._numerics import errors
 from taylor_softmax._numerics.surrogate import parse
-from taylor_softmax._position_axis import moments
+from taylor_softmax._position_axis import closed_form, moments, sampling
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
 # Bound on |z| of the largest of up to 2,000 entries, most of them correlated: 1e-4 by chance.
@@ -144,33 +146,144 @@ def test_finite_values_and_gradients_at_the_edges(order, dtype):
     np.testing.assert_allclose(uniform, np.full((3, 3), 1 / 9), atol=1e-6)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("order", [2, 8, None])
-def test_derivative_is_that_of_the_moment(order):
-    # Positive definite, so that there is room for a step.
-    one, cross, two = (jnp.asarray(x) for x in covariances(4, "equicorrelated"))
-    theta = jnp.asarray(np.random.default_rng(3).standard_normal((4, 4)))
-    present, index = jnp.ones((1, 4)), np.zeros(1, int)
-    surrogate, method = parse(order), Direct() if order == 2 else QuasiMonteCarlo(1 << 14)
-    inputs = [
-        moments.prepare(cov[None], present, surrogate=surrogate, method=method)
-        for cov in (one, two)
-    ]
-
-    def moment(cov12):
-        result, _ = moments.second_moments(
-            *inputs, index, index, cov12[None], None, surrogate, method
-        )
-        return result[0]
-
-    _, derivative = moments.second_moments(
-        *inputs, index, index, cross[None], theta[None], surrogate, method
+def both_moments(of, order, method=None, dtype=jnp.float64):
+    """NNGP and NTK of one pair, as the layer computes them."""
+    surrogate = parse(order)
+    method = moments.check_method(method, surrogate)
+    cov11, cov12, cov22, theta = (jnp.asarray(x, dtype)[None] for x in of)
+    present, index = jnp.ones(cov11.shape[:2], dtype), np.zeros(1, int)
+    one, two = (
+        moments.prepare(cov, present, surrogate=surrogate, method=method) for cov in (cov11, cov22)
     )
+    results = moments.second_moments(one, two, index, index, cov12, theta, surrogate, method)
+    return [np.asarray(x[0]) for x in results]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize(("order", "size", "variance"), [(2, 4, 4.0), (8, 5, 1.0), (None, 8, 4.0)])
+def test_nngp_and_ntk_against_sampling(order, size, variance, kind):
+    if kind == "common part" and order is not None:
+        pytest.skip("a common part is a large variance where a shift matters")
+    of = oracle.problem(size, kind, variance, rho=-0.9 if size == 5 else 0.95)
+    quantities = (
+        (errors.POSITIONS_CLOSED_FORM,) * 2
+        if order == 2
+        else (errors.POSITIONS_NNGP, errors.POSITIONS_NTK)
+    )
+    wrong = of._replace(cov12=0.5 * of.cov12, theta=0.5 * of.theta)
+    for got, far, (mean, stderr), quantity in zip(
+        both_moments(of, order),
+        both_moments(wrong, order),
+        oracle.sample(of, order=order, n_samples=100_000),
+        quantities,
+        strict=True,
+    ):
+        limit = errors.promised(quantity, variance) * np.max(np.abs(mean)) + 5 * stderr + 1e-12
+        assert np.all(np.abs(got - mean) < limit)
+        # Negative control: another correlation is found.
+        assert not np.all(np.abs(far - mean) < limit)
+
+
+@pytest.mark.parametrize("kind", oracle.KINDS)
+def test_order_2_in_eigenbases_is_the_plain_recursion(kind):
+    of = oracle.problem(5, kind, 2.0)
+    present = jnp.asarray([1.0, 1, 0, 1, 1])
+    cov11, cross, cov22, theta = (jnp.asarray(x) * present[:, None] * present for x in of)
+    one, two = (closed_form.prepare(cov, present) for cov in (cov11, cov22))
+    got = closed_form.moment_and_slope(one, two, cross, theta)
+    plainly = functools.partial(closed_form._sequential, one, two)
+    want = jax.jvp(plainly, (cross,), (theta,))
+    for value, expected in zip(got, want, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-12)
+    np.testing.assert_allclose(closed_form.second_moment(one, two, cross), want[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, None])
+def test_derivatives_are_those_of_the_moment(order):
+    # Positive definite, so that there is room for a step.
+    covs = [jnp.asarray(x) for x in covariances(4, "equicorrelated")]
+    rng = np.random.default_rng(3)
+    direction = [jnp.asarray(x + x.T) for x in rng.standard_normal((3, 4, 4))]
+    function = functools.partial(taylor_softmax.joint_second_moment, order=order)
+    _, got = jax.jvp(function, tuple(covs), tuple(direction))
     step = 1e-3
-    difference = (moment(cross + step * theta) - moment(cross - step * theta)) / (2 * step)
-    # Above order 2 these are two different estimates of one expectation.
-    limit = 1e-5 if order == 2 else 2e-2 * np.max(np.abs(difference))
-    np.testing.assert_allclose(derivative[0], difference, atol=limit)
+    ahead, behind = (
+        function(*(x + sign * step * d for x, d in zip(covs, direction, strict=True)))
+        for sign in (1, -1)
+    )
+    want = (ahead - behind) / (2 * step)
+    limit = 1e-5 if order == 2 else 2e-2 * np.max(np.abs(want))
+    np.testing.assert_allclose(got, want, atol=limit)
+    # The NTK is the derivative in the cross-covariance.
+    still = jnp.zeros((4, 4))
+    _, along = jax.jvp(function, tuple(covs), (still, direction[1], still))
+    of = oracle.Problem(*covs, direction[1])
+    np.testing.assert_allclose(both_moments(of, order)[1], along, atol=limit)
+
+
+# Rounding.
+
+
+def test_two_positions_that_hardly_differ():
+    logits = np.array([10, 10.001])
+    cov = np.outer(logits, logits)
+    moment = taylor_softmax.joint_second_moment(cov, cov, cov)
+    np.testing.assert_allclose(moment - 0.25, 1e-6 / 16 * np.array([[1, -1], [-1, 1]]), atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [3, 28])
+def test_a_common_part_that_rounding_exceeds(size):
+    """Covariances rounded to float32, used in either precision, against what they were."""
+    of, plain = (oracle.problem(size, kind, rho=0.9) for kind in ("common part", "random"))
+    # Their eigenvalues are off by what rounding takes off 1e4.
+    rounding = np.finfo(np.float32).eps * 1e4 * np.sqrt(size)
+    for order, method in ((None, None), (2, None)):
+        if order is not None:
+            continue
+        exact = both_moments(plain, order, method)
+        rounded = oracle.Problem(*(np.float32(x) for x in of))
+        for dtype in (jnp.float32, jnp.float64):
+            for got, want in zip(both_moments(rounded, order, method, dtype), exact, strict=True):
+                np.testing.assert_allclose(got, want, atol=10 * rounding * np.max(np.abs(want)))
+
+
+def test_points_have_the_covariances_that_they_should():
+    """Also where `K12` contradicts `K11` and `K22`; a plain conditional covariance would not."""
+    of = oracle.problem(6, "singular", rho=0.9)
+    noise = np.random.default_rng(0).standard_normal((3, 6, 6)) * 1e-4
+    noise = noise + noise.transpose(0, 2, 1)
+    cov11, cov12, cov22 = (jnp.asarray(x + e) for x, e in zip(of[:3], noise, strict=True))
+    one, two = (sampling.psd_root(cov, sampling.rounding(cov)) for cov in (cov11, cov22))
+    slope, rest, _ = sampling.correlate(one, two, cov12)
+    kept = two.root @ two.root.T
+    np.testing.assert_allclose(slope.T @ slope + rest @ rest.T, kept, atol=1e-12)
+    np.testing.assert_allclose(one.root @ slope, cov12, atol=1e-3)
+    # Negative control: what the plain conditional covariance leaves has no root.
+    plain = one.inverse @ cov12
+    assert np.linalg.eigvalsh(kept - plain.T @ plain)[0] < -1e-5
+
+
+@pytest.mark.parametrize("order", [2, None])
+def test_users_cases_in_float32_are_finite(order):
+    pixels = random.uniform(random.key(0), (3, 28, 1), jnp.float32)
+    nearly_constant = 5 + 1e-4 * pixels
+    method = None if order == 2 else QuasiMonteCarlo(256)
+    layer = stax.TaylorSoftmax(order, axis=1, method=method)
+    for x, b_std, depth in ((pixels, 0.0, 0), (nearly_constant, 30.0, 0), (pixels, 4.0, 12)):
+        body = [stax.Conv(1, (1,), b_std=b_std), stax.Relu()] * depth
+        kernel_fn = stax.serial(*body, stax.Conv(1, (1,), b_std=b_std), layer)[2]
+        kernel = kernel_fn(x, None)
+        for name in ("nngp", "ntk", "cov1"):
+            assert np.all(np.isfinite(getattr(kernel, name))), (name, b_std, depth)
+        np.testing.assert_allclose(np.sum(kernel.nngp, (-1, -2)), 1, atol=1e-3)
+
+
+def test_large_variances_of_taylor_softmax_stay_between_0_and_1():
+    of = oracle.problem(3, "common part")
+    moment, _ = both_moments(of, 8)
+    np.testing.assert_allclose(np.sum(moment), 1, atol=1e-6)
+    assert np.min(moment) > 0.05
 
 
 @pytest.mark.parametrize("order", [2, None])
@@ -316,3 +429,49 @@ def test_unsupported_axes_say_what_to_use():
         stax.serial(stax.Conv(8, (1,)), stax.Softmax(axis=(1, 2)))[2](x, None)
     with pytest.raises(NotImplementedError, match="Use `infinite_width=False`"):
         stax.serial(stax.Conv(8, (1,)), stax.Softmax(axis=1, infinite_width=True))[2](x, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((2, 1, 6, 3), (1, 2)), ((2, 6, 1, 3), (1, 2)), ((2, 6, 1, 3), 1), ((2, 6, 3), (1, 2))],
+)
+def test_masked_positions_leave_the_sum_for_every_set_of_axes(shape, axis):
+    along = shape.index(6)
+    x = np.array(random.normal(random.key(1), shape))
+    short = np.take(x, range(4), along)
+    padded = x.copy()
+    np.moveaxis(padded, along, 0)[4:] = 100.0
+    init_fn, apply_fn, _ = stax.serial(
+        stax.Conv(4, (1,) * (len(shape) - 2)), stax.Softmax(axis=axis)
+    )
+    _, params = init_fn(random.key(0), shape)
+    outputs = apply_fn(params, jnp.asarray(padded), mask_constant=100.0).masked_value
+    expected = apply_fn(params, jnp.asarray(short))
+    np.testing.assert_allclose(np.take(outputs, range(4), along), expected, atol=1e-12)
+
+
+def test_fully_masked_rows_are_finite():
+    x = jnp.full((2, 6, 3), 100.0).at[1, :3].set(0.5)
+    net = stax.serial(stax.Conv(4, (1,)), stax.Softmax(axis=1, method=QuasiMonteCarlo(64)))
+    _, params = net[0](random.key(0), x.shape)
+    assert np.all(np.isfinite(net[1](params, x, mask_constant=100.0).masked_value))
+    kernel = net[2](x, None, mask_constant=100.0)
+    assert np.all(np.isfinite(kernel.nngp))
+    assert np.all(np.isfinite(kernel.ntk))
+
+
+def test_channels_first():
+    x = random.normal(random.key(0), (2, 3, 2, 4))
+    numbers = ("NCHW", "OIHW", "NCHW")
+    layer = stax.TaylorSoftmax(2, axis=-1)
+    first = stax.serial(stax.Conv(8, (1, 1), dimension_numbers=numbers), layer)[2]
+    last = stax.serial(stax.Conv(8, (1, 1)), stax.TaylorSoftmax(2, axis=2))[2]
+    np.testing.assert_allclose(
+        first(x, None, "nngp"), last(jnp.moveaxis(x, 1, -1), None, "nngp"), atol=1e-12
+    )
+    # Where nothing behind needs positions, those before leave them out.
+    flat = stax.serial(
+        stax.Conv(8, (1, 1), dimension_numbers=numbers), layer, stax.Flatten(), stax.Dense(1)
+    )[2]
+    with pytest.raises(ValueError, match="Write `axis=3`"):
+        flat(x, None)

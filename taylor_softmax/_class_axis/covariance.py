@@ -15,21 +15,17 @@ from jax.typing import ArrayLike
 
 from taylor_softmax._class_axis import integral, interpolant
 from taylor_softmax._numerics.arguments import Validated, check_n_classes
-from taylor_softmax._numerics.precision import off_zero
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
-# From this many pairs on, `method=None` tries a table first: a table costs as much as its nodes.
-_TABLE_PAIRS = 1024
-
-# Pairs evaluated at once, and of how many second inputs: by quadrature (up to 100 KB a pair, which
-# `lax.cond` keeps room for beside the table) and by the derivative of the interpolant (up to 2 KB).
-_DIRECT_BLOCK = 256, 16
-_TABLE_BLOCK = 1 << 15, 1 << 12
-
-# From this many pairs on the interpolant is evaluated in one fused loop, which compiles in about a
-# second for every table more, and takes half the time and memory: 20 ms less at this size.
+# From this many pairs on sums are unrolled into one loop over the pairs, with a cheaper set of
+# terms where variances allow: it takes a second more to compile, and saves as much time.
 _FUSED_PAIRS = 1 << 18
+
+
+# Of a list of pairs, so many at once: each brings terms of its own, up to 8 KB, where a matrix of
+# pairs brings them for rows and columns only.
+_LIST = 4096
 
 
 class Pairs(NamedTuple):
@@ -120,16 +116,15 @@ def covariances(
     if n_classes == 1:  # the output is constant
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes]
 
-    # I is a smooth function of (a, c, b) at a = 0, but the rules see a through its root.
     layouts = [_Layout(request, shape) for request, shape in zip(requests, shapes, strict=True)]
     blocks = [
-        Pairs(off_zero(a.astype(dtype)), c.astype(dtype), off_zero(b.astype(dtype)))
+        Pairs(a.astype(dtype), c.astype(dtype), b.astype(dtype))
         for a, c, b in (layout.arrays for layout in layouts)
     ]
     results = _covariances(blocks, n_classes=n_classes, surrogate=surrogate, method=method)
     return [
-        (layout.restore(quotient * block.cov12), layout.restore(slope))
-        for layout, block, (quotient, slope) in zip(layouts, blocks, results, strict=True)
+        (layout.restore(value), layout.restore(slope))
+        for layout, (value, slope) in zip(layouts, results, strict=True)
     ]
 
 
@@ -170,146 +165,60 @@ class _Layout:
 def _covariances(
     blocks: list[Pairs], *, n_classes: int, surrogate: Surrogate, method: Method | None
 ) -> list[tuple[Array, Array]]:
-    """`(I / c, dI / dc)` for blocks of positive variances, compiled also when called eagerly."""
-    n_pairs = sum(block.cov12.size for block in blocks)
-
-    def direct() -> list[tuple[Array, Array]]:
+    """`(I, dI / dc)` for blocks, compiled also when called eagerly."""
+    if method == Direct() or n_classes > interpolant.LARGEST_N_CLASSES:
         return [_direct(block, n_classes, surrogate) for block in blocks]
+    bits = jnp.finfo(blocks[0].cov12.dtype).bits
 
-    if method == Direct() or (method is None and n_pairs < _TABLE_PAIRS):
-        return direct()
+    fused = sum(block.cov12.size for block in blocks) >= _FUSED_PAIRS
 
+    def interpolate(largest: float) -> list[tuple[Array, Array]]:
+        # NumPy, once per process: not part of the graph.
+        level = interpolant.level(surrogate, n_classes, bits, largest)
+        evaluate = functools.partial(interpolant.evaluate, level, fused=fused)
+        return [_by_lists(evaluate, block) for block in blocks]
+
+    if not fused:
+        return interpolate(interpolant.LARGEST_VARIANCE)
     variances = [array for block in blocks for array in (block.var1, block.var2) if array.size]
-    least = functools.reduce(jnp.minimum, (jnp.min(array) for array in variances))
     largest = functools.reduce(jnp.maximum, (jnp.max(array) for array in variances))
-    shapes = interpolant.shapes(n_classes)
-    build = functools.partial(
-        interpolant.build_if_meant, least, largest, n_classes=n_classes, surrogate=surrogate
+    return lax.cond(
+        lax.stop_gradient(largest) <= interpolant.NEAR,
+        lambda: interpolate(interpolant.NEAR),
+        lambda: interpolate(interpolant.LARGEST_VARIANCE),
     )
-
-    def interpolate(table: interpolant.Table) -> list[tuple[Array, Array]]:
-        return [_interpolate(block, table) for block in blocks]
-
-    if method == Interpolate():
-        return interpolate(build(shape=shapes[-1]))
-
-    tolerance = interpolant.tolerance(largest, surrogate)
-
-    def first_good(shapes: Sequence[interpolant.Shape]) -> list[tuple[Array, Array]]:
-        if not shapes:
-            return direct()
-        table = build(shape=shapes[0])
-        return lax.cond(
-            table.error < tolerance, lambda: interpolate(table), lambda: first_good(shapes[1:])
-        )
-
-    return first_good(shapes)
 
 
 def _direct(block: Pairs, n_classes: int, surrogate: Surrogate) -> tuple[Array, Array]:
-    prepare = functools.partial(integral.prepare, n_classes=n_classes, surrogate=surrogate)
-    pair = functools.partial(integral.pair, n_classes=n_classes)
-    return _by_blocks(
-        block,
-        jax.vmap(jax.vmap(prepare)),
-        jax.vmap(jax.vmap(prepare)),
-        jax.vmap(jax.vmap(jax.vmap(pair, (None, 0, 0)), (0, None, 0))),
-        *_DIRECT_BLOCK,
+    """One pair after the other: quadrature keeps up to 10 MB for each."""
+    pair = functools.partial(integral.pair, n_classes=n_classes, surrogate=surrogate)
+    var1, cov12, var2 = jnp.broadcast_arrays(
+        block.var1[:, :, None], block.cov12, block.var2[:, None, :]
     )
+    flat = tuple(array.ravel() for array in (var1, cov12, var2))
+    # Rematerialised in the backward pass, which otherwise would keep every pair's intermediates.
+    values, slopes = lax.map(jax.checkpoint(lambda each: pair(*each)), flat)
+    return values.reshape(cov12.shape), slopes.reshape(cov12.shape)
 
 
-@jax.custom_jvp
-def _interpolate(block: Pairs, table: interpolant.Table) -> tuple[Array, Array]:
-    """`(I / c, dI / dc)` for all pairs at once, which needs no memory but for the results."""
-    rows, columns = table.rows(block.var1), table.basis(block.var2)
-    fused = block.cov12.size >= _FUSED_PAIRS
-    return _evaluate((block.var1, rows), (block.var2, columns), block.cov12, fused=fused)
-
-
-@_interpolate.defjvp
-def _interpolate_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    # By blocks, since the derivative keeps an array of the size of the pairs for every degree.
-    def by_blocks(block: Pairs, table: interpolant.Table) -> tuple[Array, Array]:
-        return _by_blocks(
-            block,
-            lambda var1: (var1, table.rows(var1)),
-            lambda var2: (var2, table.basis(var2)),
-            functools.partial(_evaluate, fused=False),
-            *_TABLE_BLOCK,
-        )
-
-    return _interpolate(*primals), jax.jvp(by_blocks, primals, tangents)[1]
-
-
-def _evaluate(
-    one: tuple[Array, Array], two: tuple[Array, Array], cov12: Array, *, fused: bool
-) -> tuple[Array, Array]:
-    """`(I / c, dI / dc)` from the variances and what `Table` makes of them."""
-    (var1, rows), (var2, columns) = one, two
-    rho = cov12 * lax.rsqrt(var1[:, :, None] * var2[:, None, :])
-    value, slope = (interpolant.evaluate(each, columns, rho, fused=fused) for each in rows)
-    return value, slope
-
-
-def _by_blocks(
-    pairs: Pairs,
-    prepare_rows: Callable[[Array], Any],
-    prepare_columns: Callable[[Array], Any],
-    evaluate: Callable[[Any, Any, Array], Any],
-    n_pairs: int,
-    n_columns: int,
-) -> Any:
-    """`evaluate(prepare_rows(var1), prepare_columns(var2), cov12)`, about `n_pairs` at a time."""
-    z, x, y = pairs.cov12.shape
-    y_step = max(1, min(y, n_columns))
-    x_step = max(1, min(x, n_pairs // y_step))
-    z_step = max(1, min(z, n_pairs // (x_step * y_step)))
-
-    def over_z(a: Array, c: Array, b: Array) -> Any:
-        def over_x(a: Array, c: Array) -> Any:
-            one = prepare_rows(a)
-
-            def over_y(c: Array, b: Array) -> Any:
-                return evaluate(one, prepare_columns(b), c)
-
-            return _map_slices(over_y, (c, b), (2, 1), 2, y_step)
-
-        return _map_slices(over_x, (a, c), (1, 1), 1, x_step)
-
-    return _map_slices(over_z, tuple(pairs), (0, 0, 0), 0, z_step)
-
-
-def _map_slices(
-    fn: Callable[..., Any],
-    arrays: tuple[Array, ...],
-    axes: tuple[int, ...],
-    out_axis: int,
-    length: int,
-) -> Any:
-    """`fn(*arrays)` by slices of about `length` along `axes`, one after the other.
-
-    The k-th slice has every entry congruent to k, not a run of neighbours: where the axis is
-    sharded over devices, each of them works on its own part of every slice.
-
-    Rematerialised in the backward pass, which otherwise would keep every slice's intermediates.
-    """
-    size = arrays[0].shape[axes[0]]
-    n_slices = -(-size // length)
+def _by_lists(evaluate: Callable[..., tuple[Array, Array]], block: Pairs) -> tuple[Array, Array]:
+    """`evaluate(*block)`, `_LIST` entries of the first axis at a time."""
+    size = block.cov12.shape[0]
+    n_slices = -(-size // _LIST)
     if n_slices <= 1:
-        return fn(*arrays)
+        return evaluate(*block)
     length = -(-size // n_slices)
 
-    def split(array: Array, axis: int) -> Array:
-        padding = [(0, 0)] * array.ndim
-        padding[axis] = (0, length * n_slices - size)
+    # The k-th slice has every entry congruent to k, not a run of neighbours: where the axis is
+    # sharded over devices, each of them works on its own part of every slice.
+    def split(array: Array) -> Array:
+        padding = [(0, length * n_slices - size)] + [(0, 0)] * (array.ndim - 1)
         array = jnp.pad(array, padding, mode="edge")
-        shape = (*array.shape[:axis], length, n_slices, *array.shape[axis + 1 :])
-        return jnp.moveaxis(array.reshape(shape), axis + 1, 0)
+        return jnp.moveaxis(array.reshape(length, n_slices, *array.shape[1:]), 1, 0)
 
     def merge(stacked: Array) -> Array:
-        array = jnp.moveaxis(stacked, 0, out_axis + 1)
-        shape = (*array.shape[:out_axis], length * n_slices, *array.shape[out_axis + 2 :])
-        return lax.slice_in_dim(array.reshape(shape), 0, size, axis=out_axis)
+        return jnp.moveaxis(stacked, 0, 1).reshape(-1, *stacked.shape[2:])[:size]
 
-    slices = tuple(split(array, axis) for array, axis in zip(arrays, axes, strict=True))
-    return jax.tree.map(merge, lax.map(jax.checkpoint(lambda args: fn(*args)), slices))
+    # Rematerialised in the backward pass, which otherwise would keep every slice's intermediates.
+    one = jax.checkpoint(lambda each: evaluate(*each))
+    return jax.tree.map(merge, lax.map(one, tuple(map(split, block))))

@@ -6,25 +6,25 @@ per pair of inputs,
 
     E[y(u) y(v)^T] = 1 1^T / n^2 + I(a, c, b; n) (Id - 1 1^T / n),
 
-and `1 / D = int_0^inf exp(-t D) dt` for both normalisers gives it without approximation:
+and `1 / D = int_0^inf exp(-t D) dt` for both normalisers gives it without approximation. With
+`t = e^-x`, `s = e^-y` and `F(x, y) = E[exp(-e^-x f(u) - e^-y f(v))]`
 
-    I = int_0^inf int_0^inf  L_ts exp(n L) dt ds,   L(t, s) = log E[exp(-t f(u_1) - s f(v_1))].
+    I = int int (F_xy F - F_x F_y) F^(n-2) dx dy
 
-`L_ts` is proportional to `c`; everything here computes the quotient `I / c`, which keeps its digits
-when the covariance is small. The integrand is elementary at order 2 and emitted by SymPy. For the
-other orders and softmax Mehler's formula separates the two inputs: with `X ~ N(0, 1)`, normalised
-Hermite polynomials `h_k` and
+over the plane, in which no surrogate and no variance sets a scale: the trapezoidal rule converges
+exponentially in both directions. With `X ~ N(0, 1)`, `A(x; X) = exp(-e^-x f(sqrt(a) X))` and
+`B(y; X) = E[exp(-e^-y f(v)) | X]` all four factors are products of matrices over nodes in `X`:
+`F = E[A B]`, `F_x = E[A' B]`, `F_y = E[A B']`, `F_xy = E[A' B']`.
 
-    l(t; a) = log E[exp(-t f(sqrt(a) X))],
-    alpha_k(t; a) = E[h_k(X) exp(-t f(sqrt(a) X))] / exp(l(t; a)),
-
-    L(t, s) = l(t; a) + l(s; b) + log(1 + R),   R = sum_{k >= 1} rho^k alpha_k(t; a) alpha_k(s; b),
-
-so that what is expensive belongs to one input, and a pair costs one product of small matrices.
-`L_ts = (R_ts (1 + R) - R_t R_s) / (1 + R)^2`: nothing nearly equal is subtracted.
+Two rules place the nodes. `_product_rule` resolves `f` itself, and is for the polynomials at any
+variance and for softmax at small ones. `_graded_rule` is for softmax at large variances, where `F`
+is the distribution function of the logits plus Gumbel noise, and all that is steep lies along a
+line. At order 2 the integrand is elementary, and emitted by SymPy.
 """
 
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,143 +32,293 @@ import numpy as np
 from jax import Array, lax
 
 from taylor_softmax._generated.class_axis import class_axis_order_2
-from taylor_softmax._numerics import quadrature
-from taylor_softmax._numerics.precision import log_tiny, matmul
+from taylor_softmax._numerics.precision import matmul
+from taylor_softmax._numerics.quadrature import exponential_rule
 from taylor_softmax._numerics.surrogate import Surrogate
 
-# Nodes of the outer rule in each of t and s. Measured at order 2 over n = 2 to 100,000 and
-# variances up to 20: 24 nodes 4e-8, 28 nodes 5e-9, 32 nodes 1e-10; softmax, variance 10, n = 10,
-# in the derivative: 28 nodes 1e-5. The cost of a pair grows as the square.
-_OUTER_NODES = 28
+# Nodes reach so many standard deviations.
+_REACH = 8.5
 
-# Rule for one input's logits, orders above 2 and softmax.
-_NORMAL_NODES, _NORMAL_REACH = 128, 8.0
+# The largest standard deviation whose structure the product rule is given the nodes to resolve.
+_LARGEST_SIGMA = 1000.0
+
+# Steps of the product rule in x and in z (where f is steepest). `exp(-e^-x f)` is analytic in a
+# strip of half-width pi / 2 in x and in log f: 2e-7 or better, measured against steps of 0.3 at
+# variances 1e-3 to 1e6, orders 4 to 32, n = 2 to 1e6; steps of 0.6 and 0.75 leave 5e-6.
+_X_STEP, _Z_STEP = 0.5, 0.6
+
+# Beyond these the integrand is below 1e-12 of its largest value: the lower end since `A` falls like
+# exp(-e^-x), the upper one, for up to 1e6 classes, since it is n^2 e^-2x there.
+_BELOW, _ABOVE = 4.0, 27.0
+
+# Where softmax passes from one rule to the other; both are right to 1e-8 around it.
+_GRADED_FROM = 2.0
+
+# Nodes of the graded rule in x, in y - rho sigma_b x / sigma_a, and in X.
+_GRADED_NODES = 121, 141, 121
+
+# Below this variance the covariance is integrated from its slope, which is a mean of products of
+# derivatives, while the covariance itself is a difference of terms 1 / variance as large.
+_SMALL_VARIANCE = 1e-2
 
 
-def _degrees(n_classes: int) -> int:
-    """Number of Hermite degrees. Few classes make sharp functions of each, which need more.
+def pair(
+    var1: Array, cov12: Array, var2: Array, *, n_classes: int, surrogate: Surrogate
+) -> tuple[Array, Array]:
+    """`I` and `dI / dc` for one pair of inputs: scalars, variances nonnegative.
 
-    Measured against 360 degrees, relative to the value at correlation 1, variances up to 4, `I`
-    and `dI / dc`: order 8, n = 3: 2e-7 and 1e-5 with 96, 1e-8 and 1e-6 with 144; order 16, n = 10,
-    variance 10: 2e-6 and 8e-5 with 96. Softmax, n = 3: 9e-9 and 1e-7 with 96 already.
+    A variance of 0 has no root that could be differentiated: both are taken a little larger, by
+    1e-9 (1e-5 in float32), which is the relative error that it makes. What rounding makes of
+    `c^2 <= a b` is mended in the same way.
     """
-    return 160 if n_classes < 10 else 96
-
-
-class Expansion(NamedTuple):
-    """What Mehler's formula needs of one input.
-
-    Attributes:
-      log_phi: `l(t)`, `(T,)`.
-      factors: `alpha_k(t) / sigma`, `k >= 1`, above its derivative in `t`, `(2 T, K)`.
-    """
-
-    log_phi: Array
-    factors: Array
-
-
-class Input(NamedTuple):
-    """What the integrand of a pair needs of one of its two inputs.
-
-    Attributes:
-      variance: of the logits.
-      node: nodes in `t` of the outer rule, `(T,)`.
-      weight: their weights, `(T,)`.
-      expansion: None at order 2, which is elementary.
-    """
-
-    variance: Array
-    node: Array
-    weight: Array
-    expansion: Expansion | None
-
-
-def prepare(variance: Array, *, n_classes: int, surrogate: Surrogate) -> Input:
-    """The `Input` of one input with logits of (scalar, positive) `variance`."""
-    tau, weight = (jnp.asarray(x, variance.dtype) for x in quadrature.half_line_rule(_OUTER_NODES))
-    # tau = n E[f] t is of order 1 where the weight is, at any number of classes and variance.
+    eps = float(jnp.finfo(var1.dtype).eps)
+    shift = 1e-9 if eps < 1e-12 else 1e-5
+    limit = lax.stop_gradient(jnp.sqrt(var1) * jnp.sqrt(var2))
+    cov12 = jnp.clip(cov12, -limit, limit)
+    var1, var2 = (v * (1 + 8 * eps) + shift for v in (var1, var2))
     if surrogate.has_closed_form:
-        scale = 1 / (n_classes * (1 + variance / 2))
-        t, weight = tau * scale, weight * scale
-        # f_2 >= 1/2, so that log phi(t) <= -t / 2.
-        t, weight = _drop_underflow(t, weight, -t / 2, n_classes)
-        return Input(variance, t, weight, None)
+        quotient, slope = _elementary(var1, cov12, var2, n_classes, surrogate)
+        return cov12 * quotient, slope
+    # I is symmetric, and the rules want the larger variance first.
+    swap = var2 > var1
+    var1, var2 = jnp.where(swap, var2, var1), jnp.where(swap, var1, var2)
+    product = functools.partial(_product_rule, n_classes=n_classes, surrogate=surrogate)
+    graded = functools.partial(_graded_rule, n_classes=n_classes)
 
-    x, normal_weight = quadrature.normal_rule(_NORMAL_NODES, _NORMAL_REACH)
-    degrees = np.arange(1, _degrees(n_classes) + 1)
-    hermite = quadrature.hermite_functions(x, degrees.size).T / np.sqrt(degrees)
-    x, normal_weight, hermite = (
-        jnp.asarray(array, variance.dtype) for array in (x, normal_weight, hermite)
-    )
-    # Here f comes divided by E[f].
-    value, slope = surrogate.normalised(x, variance)
-    t, weight = tau / n_classes, weight / n_classes
-    # Where exp(-t f) underflows at every node f does not matter, but its powers would overflow.
-    least = lax.stop_gradient(jnp.min(value))
-    visible = value < least - log_tiny(t.dtype) / t[0]
-    value, slope = jnp.where(visible, value, least), jnp.where(visible, slope, 0)
-    normal_weight = jnp.where(visible, normal_weight, 0)
-    log_phi, _ = _tilt(t, value, normal_weight)
-    t, weight = _drop_underflow(t, weight, log_phi, n_classes)
-    log_phi, tilted = _tilt(t, value, normal_weight)
-    mean = matmul(tilted, value)
-    # alpha_k / sigma = E[h_{k-1}(X) d/dz exp(-t f(z))] / (sqrt(k) phi), Stein's lemma: projecting
-    # on h_k itself would lose digits as 1 / sigma.
-    first = -t[:, None] * slope * tilted
-    second = slope * tilted * (t[:, None] * (value - mean[:, None]) - 1)
-    factors = matmul(jnp.concatenate([first, second]), hermite)
-    return Input(variance, t, weight, Expansion(log_phi, factors))
+    def value(cov12: Array) -> Array:
+        if surrogate.order is not None:
+            return product(var1, cov12, var2)
+        return lax.cond(var1 > _GRADED_FROM, graded, product, var1, cov12, var2)
+
+    def with_slope(cov12: Array) -> tuple[Array, Array]:
+        return jax.jvp(value, (cov12,), (jnp.ones_like(cov12),))
+
+    def small() -> tuple[Array, Array]:
+        # Two Gauss-Legendre nodes on [0, c], where I is a polynomial of low degree in c.
+        slopes = lax.map(lambda share: with_slope(share * cov12)[1], _gauss_and_end(cov12))
+        return cov12 * (slopes[0] + slopes[1]) / 2, slopes[2]
+
+    return lax.cond(var2 < _SMALL_VARIANCE, small, lambda: with_slope(cov12))
 
 
-def _tilt(t: Array, value: Array, normal_weight: Array) -> tuple[Array, Array]:
-    """`l(t)`, and the weights of the normal rule tilted by `exp(-t f)`, `(T, nodes)`."""
-    # Taking the smallest value out of the exponent keeps phi from underflowing for large t.
-    least = lax.stop_gradient(jnp.min(value))
-    exponent = -t[:, None] * (value - least)
-    tilted = jnp.exp(exponent) * normal_weight
-    phi = jnp.sum(tilted, axis=1)
-    # log phi to relative precision, also where t is O(1/n) and phi is 1 - O(1/n).
-    shortfall = matmul(jnp.expm1(exponent), normal_weight)
-    near_one = shortfall > -0.5
-    log_phi = -t * least + jnp.where(
-        near_one, jnp.log1p(jnp.where(near_one, shortfall, 0.0)), jnp.log(phi)
-    )
-    return log_phi, tilted / phi[:, None]
+def _gauss_and_end(like: Array) -> Array:
+    return jnp.asarray([0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12), 1.0], like.dtype)
 
 
-def _drop_underflow(t: Array, weight: Array, log_phi: Array, n_classes: int) -> tuple[Array, Array]:
-    """Takes the nodes where `phi^n` underflows to 0, with weight 0.
+def _elementary(
+    var1: Array, cov12: Array, var2: Array, n_classes: int, surrogate: Surrogate
+) -> tuple[Array, Array]:
+    """`I / c` and `dI / dc` at order 2: emitted integrand, trapezoidal rule in `x` and `y`."""
+    (x, x_step), (y, y_step) = (_x_nodes(v, surrogate, 0.3) for v in (var1, var2))
+    t, s = jnp.exp(-x)[:, None], jnp.exp(-y)
+    log_phi, cross, cross_slope, log_phi_slope = class_axis_order_2(var1, cov12, var2, t, s)
+    density = x_step * y_step * t * s * jnp.exp(n_classes * log_phi)
+    slope = cross_slope + n_classes * cov12 * cross * log_phi_slope
+    return jnp.sum(density * cross), jnp.sum(density * slope)
 
-    Nothing is left of the integrand there, but powers of `t` in it would overflow.
+
+def _x_nodes(variance: Array, surrogate: Surrogate, step: float) -> tuple[Array, Array]:
+    """Equally spaced nodes over where the integrand is not negligible, and their distance."""
+
+    def ends(sigma: Array | float) -> tuple[Array, Array]:
+        sigma = jnp.asarray(sigma)
+        lowest = surrogate.log_value(jnp.maximum(-_REACH * sigma, surrogate.minimiser))
+        top = 0.8 * _REACH * sigma
+        highest = jnp.maximum(surrogate.log_value(top), surrogate.log_value(-top))
+        return lowest - _BELOW, highest + _ABOVE
+
+    largest = _LARGEST_SIGMA if surrogate.order is not None else 1.1 * math.sqrt(_GRADED_FROM)
+    with jax.ensure_compile_time_eval():
+        low, high = ends(largest)
+        count = math.ceil(float(high - low) / step) + 1
+    low, high = ends(jnp.sqrt(variance))
+    unit = jnp.asarray(np.linspace(0, 1, count), variance.dtype)
+    return low + (high - low) * unit, (high - low) / (count - 1)
+
+
+def _z_nodes(variance: Array, surrogate: Surrogate) -> tuple[Array, Array]:
+    """Nodes in the logit `z` and the distance `dz` that each stands for.
+
+    The slope of `log f` is at most about `min(1, m / |z|)`, `m` the order, so that
+    `z = m sinh(h k)` has equal steps in `log f` where they matter, and they are at most 0.7
+    standard deviations where the variance is small.
     """
-    alive = n_classes * lax.stop_gradient(log_phi) > log_tiny(t.dtype)
-    return jnp.where(alive, t, 0), jnp.where(alive, weight, 0)
+    order = surrogate.order or 64
+    largest = _LARGEST_SIGMA if surrogate.order is not None else 1.1 * math.sqrt(_GRADED_FROM)
+    count = max(
+        math.ceil(2 * math.asinh(_REACH * largest / order) * order / _Z_STEP),
+        math.ceil(2 * _REACH / 0.7),
+    )
+    end = jnp.arcsinh(_REACH * jnp.sqrt(variance) / order)
+    angle = end * jnp.asarray(np.linspace(-1, 1, count + 1), variance.dtype)
+    return order * jnp.sinh(angle), order * jnp.cosh(angle) * (2 * end / count)
 
 
-def pair(one: Input, two: Input, cov12: Array, *, n_classes: int) -> tuple[Array, Array]:
-    """`I / c` and `dI / dc` of one pair of inputs with (scalar) covariance `c = cov12`."""
-    outer_weight = one.weight[:, None] * two.weight
-    if one.expansion is None or two.expansion is None:
-        log_phi, cross, cross_slope, log_phi_slope = class_axis_order_2(
-            one.variance, cov12, two.variance, one.node[:, None], two.node
-        )
-        density = outer_weight * jnp.exp(n_classes * log_phi)
-        slope = cross_slope + n_classes * cov12 * cross * log_phi_slope
-        return jnp.sum(density * cross), jnp.sum(density * slope)
+def _factors(log_f: Array, x: Array) -> tuple[Array, Array]:
+    """`1 - A` and `A'` for `A = exp(-e^-x f)`, from `log f` and `x`."""
+    # Beyond, A underflows.
+    rate = jnp.exp(jnp.minimum(log_f - x, 6.7))
+    return -jnp.expm1(-rate), rate * jnp.exp(-rate)
 
-    scale = lax.rsqrt(one.variance * two.variance)
-    log_phi = n_classes * (one.expansion.log_phi[:, None] + two.expansion.log_phi)
-    one_factors, two_factors = one.expansion.factors, two.expansion.factors
 
-    def quotient(cov12: Array) -> Array:
-        rho = jnp.full(one_factors.shape[1], cov12 * scale).at[0].set(1.0)
-        products = matmul(one_factors * jnp.cumprod(rho), two_factors.T)
-        r, r_s = products[:_OUTER_NODES, :_OUTER_NODES], products[:_OUTER_NODES, _OUTER_NODES:]
-        r_t, r_ts = products[_OUTER_NODES:, :_OUTER_NODES], products[_OUTER_NODES:, _OUTER_NODES:]
-        ratio = cov12 * r  # R = phi(t, s) / (phi(t) phi(s)) - 1, at least -1 up to rounding
-        floor = -1 + jnp.finfo(ratio.dtype).eps
-        tilt = jnp.exp(log_phi + (n_classes - 2) * jnp.log1p(jnp.maximum(ratio, floor)))
-        return jnp.sum(outer_weight * tilt * (r_ts * (1 + ratio) - cov12 * r_t * r_s))
+def _product_rule(
+    var1: Array, cov12: Array, var2: Array, *, n_classes: int, surrogate: Surrogate
+) -> Array:
+    (x, x_step), (y, y_step) = (_x_nodes(v, surrogate, _X_STEP) for v in (var1, var2))
+    z, spacing = _z_nodes(var1, surrogate)
+    sigma = jnp.sqrt(var1)
+    density = jnp.exp(-((z / sigma) ** 2) / 2) * spacing / (sigma * math.sqrt(2 * math.pi))
+    one = _factors(surrogate.log_value(z), x[:, None])
+    two = _given(z, var1, cov12, var2, y, surrogate)
+    return _assemble(one, two, density, x_step * y_step, n_classes)
 
-    value, slope = jax.jvp(quotient, (cov12,), (jnp.ones_like(cov12),))
-    return value, value + cov12 * slope
+
+def _given(
+    u: Array, var1: Array, cov12: Array, var2: Array, y: Array, surrogate: Surrogate
+) -> tuple[Array, Array]:
+    """`1 - B` and `B'`, `(y, u)`: expectations over `v` given `u`.
+
+    Where the distribution of `v` is wide, over nodes in `v` that resolve `f`; where it is narrow
+    beside their distance, `log f` hardly curves over it, and Gauss-Hermite does.
+    """
+    # var1 var2 > cov12^2: see `pair`.
+    tau = jnp.sqrt((var1 * var2 - cov12**2) / var1)
+    mean = cov12 / var1 * u
+    v, spacing = _z_nodes(var2, surrogate)
+    end = spacing.size // 2
+    # The distance of nodes at `mean`, by what sinh and cosh have to do with each other.
+    here = spacing[end] * jnp.sqrt(1 + (mean / (surrogate.order or 64)) ** 2)
+    safe = jnp.where(tau > here, tau, here)
+    wide = jnp.exp(-(((v[:, None] - mean) / safe) ** 2) / 2) * spacing[:, None]
+    wide = wide / (safe * math.sqrt(2 * math.pi))
+    by_nodes = (matmul(f, wide) for f in _factors(surrogate.log_value(v), y[:, None]))
+
+    def narrow(total: tuple[Array, Array], rule: Array) -> tuple[tuple[Array, Array], None]:
+        each = _factors(surrogate.log_value(mean + tau * rule[0]), y[:, None])
+        return (total[0] + rule[1] * each[0], total[1] + rule[1] * each[1]), None
+
+    node, weight = np.polynomial.hermite_e.hermegauss(14)
+    zero = jnp.zeros((y.size, u.size), u.dtype)
+    rule = jnp.asarray(np.stack([node, weight / weight.sum()], 1), u.dtype)
+    by_gauss, _ = lax.scan(narrow, (zero, zero), rule)
+    shortfall, slope = (
+        jnp.where(tau > here, first, second)
+        for first, second in zip(by_nodes, by_gauss, strict=True)
+    )
+    return shortfall, slope
+
+
+def _assemble(
+    one: tuple[Array, Array],
+    two: tuple[Array, Array],
+    density: Array,
+    cell: Array,
+    n_classes: int,
+) -> Array:
+    """The double sum, from `(1 - A, A')`, `(x, X)`, and `(1 - B, B')`, `(y, X)`."""
+    shortfall1, slope1 = one[0] * density, one[1] * density
+    value1 = (1 - one[0]) * density
+    shortfall2, slope2 = two[0].T, two[1].T
+    value2 = 1 - shortfall2
+    missing = jnp.sum(shortfall1, 1, keepdims=True) + matmul(value1, shortfall2)
+    f = matmul(value1, value2)
+    f_x, f_y = matmul(slope1, value2), matmul(value1, slope2)
+    return _double_sum(f, missing, f_x, f_y, matmul(slope1, slope2), cell, n_classes)
+
+
+def _double_sum(
+    f: Array, missing: Array, f_x: Array, f_y: Array, f_xy: Array, cell: Array, n_classes: int
+) -> Array:
+    """`sum (F_xy F - F_x F_y) F^(n-2) cell`, with `missing = 1 - F` to its own precision."""
+    near_one = missing < 0.5
+    tiny = jnp.finfo(f.dtype).tiny
+    log_f = jnp.where(
+        near_one,
+        jnp.log1p(-jnp.where(near_one, missing, 0)),
+        jnp.log(jnp.maximum(jnp.where(near_one, 1, f), tiny)),
+    )
+    return jnp.sum((f_xy * f - f_x * f_y) * jnp.exp((n_classes - 2) * log_f) * cell)
+
+
+def _sinh_nodes(count: int, scale: Array, reach: Array) -> tuple[Array, Array]:
+    """Nodes on `[-reach, reach]`, densest within `scale` of 0, and their trapezoidal weights."""
+    end = jnp.arcsinh(reach / scale)
+    angle = end * jnp.asarray(np.linspace(-1, 1, count), scale.dtype)
+    return scale * jnp.sinh(angle), scale * jnp.cosh(angle) * (2 * end / (count - 1))
+
+
+def _graded_rule(var1: Array, cov12: Array, var2: Array, *, n_classes: int) -> Array:
+    """Softmax, `var1 >= var2`, `var1` not small.
+
+    In `x = sigma_a xi`, `y = (c / a) x + d` and `X = xi - e`, `A` depends on `e` alone and `B` on
+    `d + c e / sigma_a`: `A(e) = G(sigma_a e)`, `B = H(d + c e / sigma_a)`, with the distribution
+    functions G of a Gumbel variable and H of one plus `N(0, tau^2)`, `tau^2 = b - c^2 / a`. What is
+    steep lies at `e = 0` and `d = 0`, about which the nodes are graded.
+    """
+    sigma1, sigma2 = jnp.sqrt(var1), jnp.sqrt(var2)
+    tau_squared = (var1 * var2 - cov12**2) / var1
+    n_xi, n_d, n_e = _GRADED_NODES
+    low, high = -5.0, 8 + (_ABOVE - 1) / sigma1
+    xi = low + (high - low) * jnp.asarray(np.linspace(0, 1, n_xi), var1.dtype)
+    d, d_weight = _sinh_nodes(n_d, 0.6 * jnp.sqrt(1.6 + tau_squared), 10 * sigma2 + 25)
+    e, e_weight = _sinh_nodes(n_e, 0.6 / sigma1, 13 + _ABOVE / sigma1)
+    density = jnp.exp(-((xi[:, None] - e) ** 2) / 2) * e_weight / math.sqrt(2 * math.pi)
+    cell = sigma1 * (high - low) / (n_xi - 1) * d_weight
+
+    shift = cov12 / sigma1
+    shortfall1, slope1 = _factors(-sigma1 * e, jnp.zeros_like(e))
+    shortfall2, slope2 = _smoothed_gumbel(d[:, None] + shift * e, tau_squared)
+    value1, value2 = density * (1 - shortfall1), 1 - shortfall2
+    missing1, slope1 = density * shortfall1, density * slope1
+    f, f_y = matmul(value1, value2.T), matmul(value1, slope2.T)
+    f_x, f_xy = matmul(slope1, value2.T), matmul(slope1, slope2.T)
+    missing1_total = jnp.sum(missing1, 1, keepdims=True)
+    missing = missing1_total + matmul(value1, shortfall2.T)
+
+    # At c < 0 and d > 0, B is steep where no node is, but A = 1 there, up to what the nodes about
+    # e = 0 see: with the marginal distribution of v, `E[A B] = E[B] - E[(1 - A) B]`.
+    margin, margin_slope = _smoothed_gumbel(shift * xi[:, None] + d, var2)
+    mended_missing = missing1_total + margin - matmul(missing1, shortfall2.T)
+    mend = (cov12 < 0) & (d > 0)
+    missing = jnp.where(mend, mended_missing, missing)
+    f = jnp.where(mend, 1 - mended_missing, f)
+    f_y = jnp.where(mend, margin_slope - matmul(missing1, slope2.T), f_y)
+    mended_x = jnp.sum(slope1, 1, keepdims=True) - matmul(slope1, shortfall2.T)
+    f_x = jnp.where(mend, mended_x, f_x)
+    return _double_sum(f, missing, f_x, f_y, f_xy, cell, n_classes)
+
+
+def _smoothed_gumbel(w: Array, variance: Array) -> tuple[Array, Array]:
+    """`1 - H(w)` and `H'(w)`: a Gumbel variable plus `N(0, variance)`.
+
+    The mean over the Gaussian where it is narrow, over the Gumbel variable where it is wide.
+    """
+    tau = jnp.sqrt(variance)
+
+    def mean(each: Callable[[Array], tuple[Array, Array]], node: np.ndarray, weight: np.ndarray):
+        def add(total: tuple[Array, Array], rule: Array) -> tuple[tuple[Array, Array], None]:
+            first, second = each(rule[0])
+            return (total[0] + rule[1] * first, total[1] + rule[1] * second), None
+
+        zero = jnp.zeros_like(w)
+        rule = jnp.asarray(np.stack([node, weight], 1), w.dtype)
+        return lax.scan(add, (zero, zero), rule)[0]
+
+    def over_gaussian() -> tuple[Array, Array]:
+        node = np.linspace(-8, 8, 65)
+        weight = np.exp(-(node**2) / 2)
+        return mean(lambda z: _factors(-tau * z, w), node, weight / weight.sum())
+
+    def over_gumbel() -> tuple[Array, Array]:
+        # `exponential_rule` has the logarithms of exponential variables: minus Gumbel variables.
+        wide = jnp.maximum(tau, 0.5)
+
+        def each(log_tau: Array) -> tuple[Array, Array]:
+            r = (w + log_tau) / wide
+            return jax.scipy.special.ndtr(-r), jnp.exp(-(r**2) / 2) / (
+                wide * math.sqrt(2 * math.pi)
+            )
+
+        return mean(each, *exponential_rule(48))
+
+    return lax.cond(variance < 1.5, over_gaussian, over_gumbel)

@@ -146,10 +146,8 @@ class _Softmax:
 
     def apply(self, params: tuple[()], inputs: Array, *, mask: Any = None, **kwargs: Any) -> Array:
         axes = self.axes(inputs.ndim)
-        where = None
-        # A mask has size 1 along the channels, of which none is missing.
-        if mask is not None and all(mask.shape[i] == inputs.shape[i] > 1 for i in axes):
-            where = ~mask
+        # Of size 1 along the channels, behind layers with weights. A row with nothing left is 0.
+        where = None if mask is None else ~mask
         outputs = self.surrogate.softmax(inputs, axis=axes, where=where)
         return (
             outputs * math.prod(inputs.shape[i] for i in axes) if self.infinite_width else outputs
@@ -174,6 +172,14 @@ class _Softmax:
             raise ValueError(
                 "The input of a softmax layer must be Gaussian for its kernel. Put a layer with "
                 "random weights before it, such as `stax.Dense(n_classes)`."
+            )
+        if not over_channels and k.diagonal_spatial:
+            # `_softmax_layer` took the last axis for that of the channels.
+            raise ValueError(
+                f"`axis={self.axis!r}` of inputs of shape {k.shape1} is a spatial axis: channels "
+                f"are axis {k.channel_axis}. Write `axis={axes[0]}` for it, so that the layers "
+                f"before keep the covariance between positions, or `axis={k.channel_axis}` for "
+                f"softmax over channels."
             )
         if not over_channels:
             return _over_positions(k, axes, self.surrogate, self.method)

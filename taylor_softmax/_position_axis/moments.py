@@ -21,8 +21,19 @@ and so its even and odd part. With `m = E[y]`, `B = E[J]` and `T = E[D^2 y]`, co
 so that a single `r` is enough for the rest, as in Gauss's rule: what stands beyond has the powers
 `r^2`, `r^4` and `r^3`, `r^5`, and with `r = 0.8` and the weights of `r^2` and `r^3` those of `r^4`
 and `r^5` are 7 % and 4 % off. Control variate is what the sample means of `J` miss of `B`.
+At large variances products of the values themselves have less of an error; both are mixed.
+
+Standard errors with 1,024 points, over the largest entry, 16 positions, correlation 0.9, in 1e-3 at
+variance 1 / 4 (largest entry's), of the parts of odd and even degree in `y`:
+
+- derivative at 0.8: 0.7 / 4.1 and 0.9 / 5.4; at (1, 0.6): 0.8 / 4.5 and 1.3 / 6.0, for twice the
+  time;
+- values: 7.8 / 14 and 6.7 / 12; less the component of degree 1: 1.4 / 3.6; less that of degree 2,
+  `S^3` operations a point: 0.4 / 4.2;
+- one node without the known coefficient of the odd part: a bias of 3 / 30 to 60.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +54,12 @@ from taylor_softmax.methods import Direct, Method, QuasiMonteCarlo, Series, choo
 # and where it is not.
 _NODES = (0.8,)
 _NODES_WITHOUT_CURVATURE = (0.9, 0.5)
+
+# Variances of the logits at which the derivative's even and odd part, and the odd and even part of
+# the values at r = 1, less what is linear, have errors of the same size. Beyond, the derivative's
+# grow without limit, at large variances of Taylor softmax beyond every value (order 8, variance
+# 1e4); a product of values is between 0 and 1.
+_EQUALLY_GOOD = (4.0, 10.0)
 
 # Up to so many positions that coefficient is computed: S^3 numbers an input, S^4 operations a pair.
 _LARGEST_CURVATURE = 64
@@ -109,13 +126,19 @@ def joint_second_moment(
     *covs, dtype = broadcast_covariances(cov11, cov12, cov22)
     batch, (size, _) = covs[0].shape[:-2], covs[0].shape[-2:]
     flat = tuple(cov.reshape(-1, size, size) for cov in covs)
-    present = jnp.ones(flat[0].shape[:2], flat[0].dtype)
-    one, two = (
-        prepare(cov, present, surrogate=surrogate, method=method) for cov in (flat[0], flat[2])
-    )
-    index = np.arange(len(flat[0]))
-    moment, _ = second_moments(one, two, index, index, flat[1], None, surrogate, method)
+    moment = _joint_second_moments(*flat, surrogate=surrogate, method=method)
     return moment.reshape(*batch, size, size).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("surrogate", "method"))
+def _joint_second_moments(
+    cov11: Array, cov12: Array, cov22: Array, *, surrogate: Surrogate, method: Method
+) -> Array:
+    """Compiled once for all calls of a shape; covariances `(pairs, S, S)`."""
+    present = jnp.ones(cov11.shape[:2], cov11.dtype)
+    one, two = (prepare(cov, present, surrogate=surrogate, method=method) for cov in (cov11, cov22))
+    index = np.arange(len(cov11))
+    return second_moments(one, two, index, index, cov12, None, surrogate, method)[0]
 
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
@@ -174,10 +197,9 @@ def second_moments(
     def pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array | None]:
         i, j, cov12, theta = args
         left, right = (jax.tree.map(lambda x, i=i: x[i], of) for of, i in ((one, i), (two, j)))
-        cov12, theta = (
-            None if x is None else project(x, left.present, right.present, surrogate)
-            for x in (cov12, theta)
-        )
+        cov12 = project(cov12, left.present, right.present, surrogate)
+        if theta is not None:
+            theta = project(theta, left.present, right.present, surrogate)
         if not surrogate.has_closed_form:
             return _estimate(left, right, cov12, theta, surrogate, blocks)
         if theta is None:
@@ -241,10 +263,6 @@ def _estimate(
     even_weights, odd_weights = (
         sampling.integral_weights(nodes, first) for first in (2, 3 if known else 1)
     )
-    if known:
-        # Taken off the odd part at each node, and integrated.
-        share = 0.5 - sum(w * r for w, r in zip(odd_weights, nodes, strict=True))
-        moment = moment + share * of_one.quadratic(cov12, cov12, of_two)
     means = _sample(one, two, cov12, theta, nodes, surrogate, blocks)
     left_missed = of_one.slope - means.left
 
@@ -253,15 +271,32 @@ def _estimate(
         first = matmul(matmul(left_missed, inner), of_two.slope.T)
         return first + matmul(matmul(of_one.slope, inner), (of_two.slope - right).T)
 
+    even = odd = jnp.zeros_like(moment)
+    if known:
+        # Taken off the odd part at each node, and integrated.
+        share = 0.5 - sum(w * r for w, r in zip(odd_weights, nodes, strict=True))
+        odd = share * of_one.quadratic(cov12, cov12, of_two)
     for (plus, minus, right), even_weight, odd_weight in zip(
         means.at_nodes, even_weights, odd_weights, strict=True
     ):
-        even = (plus + minus) / 2 + missed(right, cov12) - uncorrelated
-        moment = moment + even_weight * even + odd_weight * (plus - minus) / 2
+        both = (plus + minus) / 2 + missed(right, cov12) - uncorrelated
+        even, odd = even + even_weight * both, odd + odd_weight * (plus - minus) / 2
+    # An even derivative is of odd values.
+    of_odd, of_even = (_share_of_values(one, two, at) for at in _EQUALLY_GOOD)
+    moment = moment + even + of_odd * (means.odd - even)
+    moment = moment + odd + of_even * (means.even - odd)
     if theta is None:
         return moment, None
-    derivative, right = means.at_one
-    return moment, derivative + missed(right, theta)
+    assert means.derivative is not None
+    return moment, means.derivative + missed(means.right, theta)
+
+
+def _share_of_values(one: Expansion, two: Expansion, equal: float) -> Array:
+    """Weight of what values, rather than derivatives, say; half at the variance `equal`."""
+    total = lax.stop_gradient(jnp.sqrt(jnp.sum(one.root.root**2) * jnp.sum(two.root.root**2)))
+    count = jnp.sqrt(jnp.sum(one.present) * jnp.sum(two.present))
+    square = (total / jnp.maximum(count, 1) / equal) ** 2
+    return square / (1 + square)
 
 
 class _Means(NamedTuple):
@@ -270,12 +305,18 @@ class _Means(NamedTuple):
     Attributes:
       left: of `J`.
       at_nodes: for each r, of `J K12 J'^T` at r and at -r, and of `J'`.
-      at_one: of `J Theta J'^T` at r = 1, and of `J'`; None without `Theta`.
+      right: of `J'` at r = 1.
+      even, odd: of products of the even and odd parts of `y` and `y'` in the points at r = 1, less
+        their means and what is linear in the logits.
+      derivative: of `J Theta J'^T` at r = 1; None without `Theta`.
     """
 
     left: Array
     at_nodes: tuple[tuple[Array, Array, Array], ...]
-    at_one: Any
+    right: Array
+    even: Array
+    odd: Array
+    derivative: Array | None
 
 
 def _sample(
@@ -291,22 +332,34 @@ def _sample(
     size = len(cov12)
     slope, rest, _ = sampling.correlate(one.root, two.root, cov12)
 
+    def residual_parts(at: sampling.Outputs, z: Array, of: Expansion) -> tuple[Array, Array]:
+        plus, minus = jnp.split(at.value, 2, 1)
+        even = (plus + minus) / 2 - of.components.mean[:, None]
+        return even, (plus - minus) / 2 - matmul(of.components.slope, z)
+
     def block(z: Array) -> _Means:
         first, second, third = z[:size], z[size : 2 * size], z[2 * size :]
         correlated = matmul(slope.T, first) + matmul(rest, second)
         independent = matmul(two.root.root, third)
-        left = sampling.outputs(matmul(one.root.root, first), one.present, surrogate)
+        logits = matmul(one.root.root, first)
+        left = sampling.outputs(logits, one.present, surrogate)
         at_nodes = []
         for r in nodes:
             z = r * correlated + np.sqrt(1 - r * r) * independent
             right = sampling.outputs(z, two.present, surrogate)
             both = (sampling.jacobian_product(left, at, cov12) for at in (right, right.mirrored()))
             at_nodes.append((*both, right.mean_jacobian()))
-        at_one = None
-        if theta is not None:
-            right = sampling.outputs(correlated, two.present, surrogate)
-            at_one = sampling.jacobian_product(left, right, theta), right.mean_jacobian()
-        return _Means(left.mean_jacobian(), tuple(at_nodes), at_one)
+        right = sampling.outputs(correlated, two.present, surrogate)
+        residuals = residual_parts(left, logits, one), residual_parts(right, correlated, two)
+        even, odd = (matmul(x, y.T) / z.shape[1] for x, y in zip(*residuals, strict=True))
+        return _Means(
+            left.mean_jacobian(),
+            tuple(at_nodes),
+            right.mean_jacobian(),
+            even,
+            odd,
+            None if theta is None else sampling.jacobian_product(left, right, theta),
+        )
 
     if len(blocks) == 1:
         return block(blocks[0])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +66,30 @@ class CategoricalPosterior:
     history: np.ndarray
     k_train_train: Array
 
+    @overload
     def __call__(
         self,
         k_test_train: Validated[ArrayLike],
         k_test_test: Validated[ArrayLike],
         *,
         covariance: Validated[bool] = False,
-        latent: Validated[bool] = False,
+        latent: Literal[False] = False,
+    ) -> ClassPosterior: ...
+    @overload
+    def __call__(
+        self,
+        k_test_train: Validated[ArrayLike],
+        k_test_test: Validated[ArrayLike],
+        *,
+        latent: Literal[True],
+    ) -> LogitPosterior: ...
+    def __call__(
+        self,
+        k_test_train: Validated[ArrayLike],
+        k_test_test: Validated[ArrayLike],
+        *,
+        covariance: Validated[bool] = False,
+        latent: bool = False,
     ) -> ClassPosterior | LogitPosterior:
         """Class probabilities at test inputs.
 

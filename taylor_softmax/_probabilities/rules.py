@@ -23,7 +23,7 @@ _TAIL, _DECAY = 3.1, 21.0
 # Largest step of the outer rule. The integrand is analytic for `|Im s| < pi / 2`, so that the error
 # falls as `exp(-pi^2 / step)`. For softmax, standard deviations of `sigma` widen that strip, to
 # steps of `sigma / 3` for a class; the largest of many classes is spread less.
-_STEP, _STEPS_PER_DEVIATION, _STEPS_PER_DECADE = 0.5, 3.0, 0.7
+_STEP, _STEPS_PER_DEVIATION, _STEPS_PER_DECADE = 0.5, 3.0, 1.0
 # Of a graded rule, the distance from its fine end over which steps stay small.
 _GRADED_SCALE = 16.0
 # Nodes per unit of its variable: steps of 0.5 at the fine end.
@@ -38,12 +38,14 @@ class Rule(NamedTuple):
 
     Attributes:
       graded: whether steps in `s` grow with the distance from the upper end.
+      graded_logit: whether those in wide logits grow with the distance from the minimum of `f`.
     """
 
     outer: int
     logit: int = 0
     noise: int = 0
     graded: bool = False
+    graded_logit: bool = False
 
 
 # From cheap to expensive. Largest errors measured over 2 to 100 classes and variances of 0.01 to
@@ -58,8 +60,11 @@ SOFTMAX_RULES = (
     Rule(192, logit=28, noise=24, graded=True),
     Rule(384, logit=28, noise=24, graded=True),
 )
-# Orders 4 to 32: 1e-8.
-TAYLOR_RULES = (Rule(48, logit=64), Rule(128, logit=160), Rule(256, logit=512))
+# Orders 4 to 32: 1e-8. The last one's logits are graded about the minimum of f from a standard
+# deviation of LEAST_GRADED on, which it resolves by steps of 0.5 there at variances of 1e4; equal
+# steps are 1e-5 off at that variance.
+TAYLOR_RULES = (Rule(48, logit=64), Rule(128, logit=160), Rule(256, logit=512, graded_logit=True))
+LEAST_GRADED = 4.0
 # No rule but the outer one: 1e-14.
 CLOSED_FORM_RULES = (Rule(48),)
 
@@ -118,10 +123,12 @@ def fine_enough(logits: Logits, rules: tuple[Rule, ...], surrogate: Surrogate) -
     steps = _STEPS_PER_DEVIATION + _STEPS_PER_DECADE * math.log10(sigma.shape[1])
     step = jnp.maximum(_STEP, least / steps) if softmax else _STEP
     length = upper - lower + _TAIL + math.log(_DECAY)
+    # The largest of many wide classes is spread less than each.
+    graded_steps = _GRADED_STEPS * steps / _STEPS_PER_DEVIATION
     enough = []
     for rule in rules:
         if rule.graded:
-            fine = jnp.subtract(*_graded_ends(lower, upper)) <= (rule.outer - 1) / _GRADED_STEPS
+            fine = jnp.subtract(*_graded_ends(lower, upper)) <= (rule.outer - 1) / graded_steps
         else:
             fine = length <= step * rule.outer
         if rule.noise and not rule.logit:

@@ -18,7 +18,13 @@ from taylor_softmax._generated.probabilities import logit_order_2
 from taylor_softmax._numerics import quadrature
 from taylor_softmax._numerics.precision import log_tiny
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._probabilities.rules import LEAST_DEVIATION, REACH, Rule, range_of_log_f
+from taylor_softmax._probabilities.rules import (
+    LEAST_DEVIATION,
+    LEAST_GRADED,
+    REACH,
+    Rule,
+    range_of_log_f,
+)
 
 # Up to this standard deviation deviations are taken from `t f(mean)`, relative to which they are
 # small; beyond it the tilted logit may be so far from its mean that this would lose digits.
@@ -59,17 +65,17 @@ def tilted(
         return Tilted(log_phi, t * first, t * deviation, t**2 * squares)
     sigma = jnp.sqrt(variance)
     if not rule.noise:
-        return _over_logit(mean, sigma, s, rule.logit, surrogate, second)
+        return _over_logit(mean, sigma, s, rule, surrogate, second)
     if not rule.logit:
         return _over_noise(mean, sigma, s, rule.noise, second)
     wide = sigma > LEAST_DEVIATION
     noise = _over_noise(mean, jnp.where(wide, sigma, LEAST_DEVIATION), s, rule.noise, second)
-    logit = _over_logit(mean, jnp.where(wide, 0, sigma), s, rule.logit, surrogate, second)
+    logit = _over_logit(mean, jnp.where(wide, 0, sigma), s, rule, surrogate, second)
     return jax.tree.map(lambda a, b: jnp.where(wide, a, b), noise, logit)
 
 
 def _over_logit(
-    mean: Array, sigma: Array, s: Array, n: int, surrogate: Surrogate, second: bool
+    mean: Array, sigma: Array, s: Array, rule: Rule, surrogate: Surrogate, second: bool
 ) -> Tilted:
     log_f = surrogate.log_value
     low, high = (lax.stop_gradient(x) for x in range_of_log_f(mean, sigma, surrogate))
@@ -79,9 +85,8 @@ def _over_logit(
     centre = (high + low) / 2
     t = jnp.exp(jnp.minimum(s + centre, high - centre + math.log(limit)))
 
-    x, weight = quadrature.normal_rule(n, REACH)
     # Here, since within the loop it would be computed again for every outer node.
-    step = sigma * jnp.asarray(x, s.dtype)[:, None]
+    step, weight = _steps(mean, sigma, rule, surrogate)
     f = jnp.exp(log_f(mean + step) - centre)
 
     def first_terms(node: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -118,6 +123,27 @@ def _over_logit(
     phi = jnp.maximum(phi, jnp.finfo(s.dtype).eps ** 2)
     deviation = first / phi
     return Tilted(log_phi, point + deviation, deviation, squares / phi - deviation**2)
+
+
+def _steps(mean: Array, sigma: Array, rule: Rule, surrogate: Surrogate) -> tuple[Array, ArrayLike]:
+    """Nodes for a logit less its mean, `(nodes, M)`, and their weights, summing to 1."""
+    x, weight = quadrature.normal_rule(rule.logit, REACH)
+    step = sigma * jnp.asarray(x, sigma.dtype)[:, None]
+    if not rule.graded_logit:
+        return step, weight
+    # z = bottom + order sinh(xi): polynomials are resolved by steps that grow with |z| / order.
+    assert surrogate.order is not None
+    wide = sigma > LEAST_GRADED
+    spread = jnp.where(wide, sigma, LEAST_GRADED)
+    centre = (mean - surrogate.minimiser) / surrogate.order
+    reach = REACH * spread / surrogate.order
+    ends = jnp.arcsinh(centre - reach), jnp.arcsinh(centre + reach)
+    xi = jnp.linspace(*ends, rule.logit)
+    graded = surrogate.order * (jnp.sinh(xi) - centre)
+    density = jnp.exp(-((graded / spread) ** 2) / 2) * jnp.cosh(xi)
+    density = density / jnp.sum(density, axis=0)
+    weight = jnp.asarray(weight, sigma.dtype)[:, None]
+    return jnp.where(wide, graded, step), jnp.where(wide, density, weight)
 
 
 def _over_noise(mean: Array, sigma: Array, s: Array, n: int, second: bool) -> Tilted:

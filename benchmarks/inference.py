@@ -1,0 +1,125 @@
+"""Categorical inference on digits: iterations, time, evidence, beside scikit-learn's classifier.
+
+Run `python -m benchmarks.inference` on an otherwise idle machine; `--quick` tries it out.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from sklearn.datasets import load_digits
+from sklearn.gaussian_process import GaussianProcessClassifier
+from sklearn.gaussian_process.kernels import Kernel
+
+from benchmarks.report import environment, progress, publish, table
+from taylor_softmax import stax
+from taylor_softmax.predict import categorical_inference
+
+N_CLASSES = 10
+VARIANCE = 10.0  # of the logits
+
+_, _, KERNEL_FN = stax.serial(
+    stax.Dense(512, 2**0.5, 0.1),
+    stax.Relu(),
+    stax.Dense(512, 2**0.5, 0.1),
+    stax.Relu(),
+    stax.Dense(N_CLASSES, VARIANCE**0.5),
+)
+
+
+def kernel(x1: Any, x2: Any) -> Array:
+    k: Any = KERNEL_FN(jnp.asarray(x1), None if x2 is None else jnp.asarray(x2), "nngp")
+    return k
+
+
+class Network(Kernel):
+    """The same kernel as scikit-learn takes it; it has nothing to optimise."""
+
+    def __call__(self, X: Any, Y: Any = None, eval_gradient: bool = False) -> Any:
+        value = np.asarray(kernel(X, Y))
+        return (value, np.empty((*value.shape, 0))) if eval_gradient else value
+
+    def diag(self, X: Any) -> Any:
+        return np.diagonal(np.asarray(kernel(X, None)))
+
+    def is_stationary(self) -> Any:
+        return False
+
+
+def scores(p: Any, labels: np.ndarray) -> list[str]:
+    p = np.asarray(p)
+    likelihood = -np.log(p[np.arange(len(labels)), labels]).mean()
+    return [f"{np.mean(p.argmax(1) == labels):.1%}", f"{likelihood:.4f}"]
+
+
+def rows_of(n_train: int, x: np.ndarray, labels: np.ndarray) -> list[list[str]]:
+    x_train, y_train = x[:n_train], labels[:n_train]
+    x_test, y_test = x[n_train:], labels[n_train:]
+    k_train, k_cross = kernel(x_train, None), kernel(x_test, x_train)
+    k_test = jnp.diagonal(kernel(x_test, None))
+    progress(f"{n_train} inputs: categorical_inference")
+    # Compiles, and ends after one iteration.
+    categorical_inference(k_train, y_train, n_classes=N_CLASSES, tol=1e9)
+    start = time.perf_counter()
+    posterior = categorical_inference(k_train, y_train, n_classes=N_CLASSES)
+    seconds = time.perf_counter() - start
+    p = posterior(k_cross, k_test).probabilities
+    ours = [
+        "categorical_inference",
+        str(n_train),
+        f"{posterior.iterations}",
+        f"{posterior.residual:.0e}",
+        f"{seconds:.1f}",
+        f"{float(posterior.log_evidence):.1f}",
+        *scores(p, y_test),
+    ]
+    progress(f"{n_train} inputs: GaussianProcessClassifier")
+    start = time.perf_counter()
+    fixed: Any = {"optimizer": None}
+    other = GaussianProcessClassifier(Network(), **fixed).fit(x_train, y_train)
+    seconds = time.perf_counter() - start
+    theirs = ["GaussianProcessClassifier (one against the rest)", str(n_train), "", ""]
+    theirs += [f"{seconds:.1f}", "", *scores(other.predict_proba(x_test), y_test)]
+    return [ours, theirs]
+
+
+EXPLANATION = """\
+The NNGP kernel of `Dense, Relu, Dense, Relu, Dense` with logits of variance {variance:g} on the
+digits of scikit-learn, ten classes; the images that are not for training are the test, fewer where
+there are more of the others. Times are of one fit each, without compilation. scikit-learn's
+classifier has a Laplace approximation for each class against the rest, normalised, and no evidence
+of the whole. GPflow is left out, since it needs TensorFlow."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="100 inputs, to try it out")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/inference.md"))
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    jax.config.update("jax_enable_x64", True)
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = images[order], labels[order]
+    x = images - images.mean(0)
+    x = x / np.sqrt((x**2).mean())
+    # There are 1,797 images; 2,000 inputs would leave none for the test.
+    sizes = (100,) if arguments.quick else (500, 1000, 1600)
+    rows = [row for n in sizes for row in rows_of(n, x, labels)]
+    header = ["", "inputs", "iterations", "residual", "time (s)", "log evidence", "accuracy", "NLL"]
+    given = environment("benchmarks.inference", sys.argv[1:])
+    parts = ["# Categorical inference", given, EXPLANATION.format(variance=VARIANCE)]
+    publish([*parts, table(header, rows)], arguments.output)
+
+
+if __name__ == "__main__":
+    main()
