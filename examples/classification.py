@@ -178,7 +178,7 @@ def draw(
                 confidence, accuracy, error, fmt=style, ms=5, lw=1, capsize=2, label=label
             )
         panel.set(title=title, xlabel="confidence", ylabel="share of right answers")
-        panel.set(xlim=(0, 1), ylim=(0, 1))
+        panel.set(xlim=(0, 1.03), ylim=(0, 1.03))
     axes[2].semilogx(SCALES, evidence, "o-", color="C0", label="log evidence (left)")
     axes[2].set(title="Categorical, by scale", xlabel="variance of the logits", ylabel="nats")
     likelihood = axes[2].twinx()
