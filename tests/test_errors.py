@@ -1,6 +1,7 @@
 """The table of promises: that it is one, and that what cites it does."""
 
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -35,3 +36,11 @@ def test_look_up_at_the_edges():
 def test_the_docs_show_this_table():
     docs = pathlib.Path(__file__).parents[1] / "docs" / "promises.md"
     assert errors.markdown() in docs.read_text()
+
+
+def test_the_readme_promises_nothing_else():
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    rows = [line for line in readme.splitlines() if line.startswith("| `")]
+    said = {float(number) for row in rows for number in re.findall(r"\d+(?:\.\d+)?e-\d+", row)}
+    assert said
+    assert said <= {promise.float64 for promise in errors.PROMISES}

@@ -206,7 +206,7 @@ def test_nngp_and_ntk_against_sampling(order, size, variance, kind):
 @jax.jit
 def each_way(present, cov11, cross, cov22, theta):
     """Value and slope at order 2, the value alone, and both by the recursion."""
-    one, two = (closed_form.prepare(cov, present) for cov in (cov11, cov22))
+    one, two = (closed_form.diagonalise(cov, present) for cov in (cov11, cov22))
     plainly = functools.partial(closed_form._sequential, one, two)
     return (
         closed_form.moment_and_slope(one, two, cross, theta),

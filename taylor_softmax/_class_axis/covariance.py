@@ -308,7 +308,7 @@ def _near_quotients(
 
 
 def _direct(block: Pairs, n_classes: int, surrogate: Surrogate) -> tuple[Array, Array]:
-    prepare = functools.partial(mehler.prepare, n_classes=n_classes, surrogate=surrogate)
+    prepare = functools.partial(mehler.expand, n_classes=n_classes, surrogate=surrogate)
     pair = functools.partial(mehler.pair, n_classes=n_classes)
     return _by_blocks(
         block,

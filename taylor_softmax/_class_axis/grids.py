@@ -82,7 +82,7 @@ class Grid(NamedTuple):
     errors: np.ndarray
 
 
-class Terms(NamedTuple):
+class ProductSum(NamedTuple):
     """A sum of products, for value or slope.
 
     Attributes:
@@ -105,8 +105,8 @@ class Level(NamedTuple):
       knee, rounding: as in `Grid`.
     """
 
-    value: Terms
-    slope: Terms
+    value: ProductSum
+    slope: ProductSum
     scale: np.ndarray
     knee: float
     rounding: float
@@ -184,7 +184,7 @@ def level(surrogate: Surrogate, n_classes: int, bits: int) -> Level:
     slope = _slope(value, sigma, given.rounding)
     # Both are relative to their values at correlation 1.
     diagonal = np.arange(_NODES)
-    # Terms below what the grid's slopes are known to are noise.
+    # ProductSum below what the grid's slopes are known to are noise.
     known = np.interp(np.log(sigma), np.log(np.sqrt(_VARIANCES)), np.log(given.errors[1]))
     noise = np.maximum(tolerance(surrogate, sigma, bits), np.exp(known) / 4)
     slope_weight = 1 / np.sqrt(noise * np.abs(slope.sum(0)[diagonal, diagonal]))
@@ -230,7 +230,7 @@ def _to_coefficients(count: int) -> np.ndarray:
     return matrix
 
 
-def _cut(matrices: np.ndarray, weight: np.ndarray) -> Terms:
+def _cut(matrices: np.ndarray, weight: np.ndarray) -> ProductSum:
     """The fewest terms that leave an error of at most `1 / (weight weight')`, by bisection.
 
     Args:
@@ -258,7 +258,7 @@ def _cut(matrices: np.ndarray, weight: np.ndarray) -> Terms:
         signs[d, :rank] = np.sign(values[d, kept[d]])
         root = np.sqrt(np.abs(values[d, kept[d]]))
         factors[d, :rank] = (vectors[d][:, kept[d]] * root / weight[:, None]).T
-    return Terms(tuple(map(int, ranks)), signs, factors @ _to_coefficients(weight.size).T)
+    return ProductSum(tuple(map(int, ranks)), signs, factors @ _to_coefficients(weight.size).T)
 
 
 def _slope(value: np.ndarray, sigma: np.ndarray, rounding: float) -> np.ndarray:
@@ -385,7 +385,7 @@ def _sums(level: Level, fused: bool, var1: Array, cov12: Array, var2: Array) -> 
     return rho * value, s_slope * slope
 
 
-def _fused(terms: Terms, first: Array, second: Array, s: Array) -> Array:
+def _fused(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
     """`sum_terms sign first second T_degree(s)`, as one elementwise expression for XLA to fuse.
 
     No array of the size of the pairs is kept but the result. Rows of terms are contiguous in the
@@ -406,7 +406,7 @@ def _fused(terms: Terms, first: Array, second: Array, s: Array) -> Array:
     return value
 
 
-def _looped(terms: Terms, first: Array, second: Array, s: Array) -> Array:
+def _looped(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
     """The same as a loop over the degrees, which compiles at once and differentiates well."""
     signs = jnp.asarray(terms.signs, s.dtype)[:, :, None, None]
 

@@ -2,7 +2,7 @@
 
 `I / c` and `dI / dc` are smooth in the two variances and the correlation. Their interpolants are
 built, inside `jit`, over the range of variances that came; evaluating one takes a few hundred
-multiplications per entry instead of a double mehler. Where they are not good enough, their own
+multiplications per entry instead of a double integral. Where they are not good enough, their own
 last coefficients say so.
 """
 
@@ -133,7 +133,7 @@ def build(
         jnp.asarray(x, dtype) for x in quadrature.chebyshev_rule(n_correlations)
     )
     variances = (_KNEE * jnp.expm1(middle + half_width * nodes)) ** 2
-    inputs = jax.vmap(lambda v: mehler.prepare(v, n_classes=n_classes, surrogate=surrogate))(
+    inputs = jax.vmap(lambda v: mehler.expand(v, n_classes=n_classes, surrogate=surrogate))(
         variances
     )
 

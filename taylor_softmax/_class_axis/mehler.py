@@ -1,4 +1,4 @@
-"""Softmax over a finite axis of i.i.d. logits: the class axis of a network's last dense layer.
+"""The class covariance at small variances, by Mehler's formula, in which the two inputs separate.
 
 With `(u_i, v_i) ~ N(0, [[a, c], [c, b]])` for `n` classes and `f` the surrogate,
 `D_u = sum_i f(u_i)`, `D_v = sum_i f(v_i)`, exchangeability and rows that sum to 1 leave one number
@@ -55,7 +55,7 @@ def _degrees(n_classes: int) -> int:
     return 160 if n_classes < 10 else 96
 
 
-class Expansion(NamedTuple):
+class HermiteExpansion(NamedTuple):
     """What Mehler's formula needs of one input.
 
     Attributes:
@@ -80,10 +80,10 @@ class Input(NamedTuple):
     variance: Array
     node: Array
     weight: Array
-    expansion: Expansion | None
+    expansion: HermiteExpansion | None
 
 
-def prepare(variance: Array, *, n_classes: int, surrogate: Surrogate) -> Input:
+def expand(variance: Array, *, n_classes: int, surrogate: Surrogate) -> Input:
     """The `Input` of one input with logits of (scalar, positive) `variance`."""
     tau, weight = (jnp.asarray(x, variance.dtype) for x in quadrature.half_line_rule(_OUTER_NODES))
     # tau = n E[f] t is of order 1 where the weight is, at any number of classes and variance.
@@ -117,7 +117,7 @@ def prepare(variance: Array, *, n_classes: int, surrogate: Surrogate) -> Input:
     first = -t[:, None] * slope * tilted
     second = slope * tilted * (t[:, None] * (value - mean[:, None]) - 1)
     factors = matmul(jnp.concatenate([first, second]), hermite)
-    return Input(variance, t, weight, Expansion(log_phi, factors))
+    return Input(variance, t, weight, HermiteExpansion(log_phi, factors))
 
 
 def _tilt(t: Array, value: Array, normal_weight: Array) -> tuple[Array, Array]:

@@ -295,7 +295,7 @@ class _Prepared(NamedTuple):
     weights: Float[Array, "*n S C"]
     present: Float[Array, "*n S"]
     means: Float[Array, "*n C S"]
-    logits: "trace.Logits | _ClosedLogits"
+    logits: "trace.QueryLogits | _ClosedLogits"
 
 
 def _evaluate(
@@ -315,7 +315,7 @@ def _prepare(one: Inputs, *, mechanism: Mechanism, classify: queries.Classify) -
     if isinstance(mechanism.method, Direct):
         logits, means = _closed_logits(keys, classes)
     else:
-        logits = trace.prepare(keys, noise, classes.scales, classes.allowed, surrogate)
+        logits = trace.query_logits(keys, noise, classes.scales, classes.allowed, surrogate)
         means = logits.components.mean
     return _Prepared(queries.safe_sqrt(one.variances), classes.weights, present, means, logits)
 
@@ -324,16 +324,16 @@ class _ClosedLogits(NamedTuple):
     """Logits of one input at order 2, for `C` classes of scales `tau`."""
 
     scales: Float[Array, "*n C"]
-    classes: closed_form.Logits
+    classes: closed_form.EigenLogits
 
 
 def _closed_logits(keys: Array, classes: queries.Classes) -> tuple[_ClosedLogits, Array]:
     """The logits, and the means of the classes."""
 
-    def of_class(of: tuple[Array, Array]) -> tuple[closed_form.Logits, Array]:
+    def of_class(of: tuple[Array, Array]) -> tuple[closed_form.EigenLogits, Array]:
         scale, allowed = of
         covariance = scale**2 * keys * allowed[:, None] * allowed
-        logits = closed_form.prepare(covariance, allowed)
+        logits = closed_form.diagonalise(covariance, allowed)
         # Outputs sum to 1, so that the rows of m m^T sum to m.
         uncorrelated = closed_form.second_moment(logits, logits, jnp.zeros_like(keys))
         return logits, jnp.sum(uncorrelated, 1)

@@ -46,8 +46,8 @@ from taylor_softmax._numerics.precision import einsum, log_tiny, matmul
 N_NODES = 24
 
 
-class Logits(NamedTuple):
-    """Logits of one input.
+class EigenLogits(NamedTuple):
+    """EigenLogits of one input.
 
     Attributes:
       covariance: `(S, S)`, 0 where a position is absent.
@@ -61,27 +61,30 @@ class Logits(NamedTuple):
     vectors: Float[Array, "*n S S"]
 
 
-def prepare(covariance: Float[Array, "S S"], present: Float[Array, " S"]) -> Logits:
+def diagonalise(covariance: Float[Array, "S S"], present: Float[Array, " S"]) -> EigenLogits:
     """The logits of one input."""
-    return Logits(covariance, present, *_eigen(lax.stop_gradient(covariance)))
+    return EigenLogits(covariance, present, *_eigen(lax.stop_gradient(covariance)))
 
 
 @jax.custom_jvp
-def second_moment(one: Logits, two: Logits, cross: Float[Array, "S S"]) -> Float[Array, "S S"]:
+def second_moment(
+    one: EigenLogits, two: EigenLogits, cross: Float[Array, "S S"]
+) -> Float[Array, "S S"]:
     """`E[y(u) y(v)^T]`."""
     return _integrate(one, two, cross, None)[0]
 
 
 @second_moment.defjvp
 def _second_moment_jvp(
-    primals: tuple[Logits, Logits, Array], tangents: tuple[Logits, Logits, Array]
+    primals: tuple[EigenLogits, EigenLogits, Array],
+    tangents: tuple[EigenLogits, EigenLogits, Array],
 ) -> tuple[Array, Array]:
     return second_moment(*primals), jax.jvp(_sequential, primals, tangents)[1]
 
 
 @jax.custom_jvp
 def moment_and_slope(
-    one: Logits, two: Logits, cross: Float[Array, "S S"], theta: Float[Array, "S S"]
+    one: EigenLogits, two: EigenLogits, cross: Float[Array, "S S"], theta: Float[Array, "S S"]
 ) -> tuple[Float[Array, "S S"], Float[Array, "S S"]]:
     """`E[y(u) y(v)^T]` and its derivative in `K12` along `theta`."""
     value, slope = _integrate(one, two, cross, theta)
@@ -91,9 +94,12 @@ def moment_and_slope(
 
 @moment_and_slope.defjvp
 def _moment_and_slope_jvp(
-    primals: tuple[Logits, Logits, Array, Array], tangents: tuple[Logits, Logits, Array, Array]
+    primals: tuple[EigenLogits, EigenLogits, Array, Array],
+    tangents: tuple[EigenLogits, EigenLogits, Array, Array],
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    def plainly(one: Logits, two: Logits, cross: Array, theta: Array) -> tuple[Array, Array]:
+    def plainly(
+        one: EigenLogits, two: EigenLogits, cross: Array, theta: Array
+    ) -> tuple[Array, Array]:
         return jax.jvp(lambda cross: _sequential(one, two, cross), (cross,), (theta,))
 
     return moment_and_slope(*primals), jax.jvp(plainly, primals, tangents)[1]
@@ -104,7 +110,7 @@ def _eigen(covariance: Array) -> tuple[Array, Array]:
     return jnp.maximum(values, 0), vectors
 
 
-def _rule(of: Logits) -> tuple[Array, Array]:
+def _rule(of: EigenLogits) -> tuple[Array, Array]:
     """Nodes and weights in the rate of one input, `(N_NODES,)`."""
     dtype = of.covariance.dtype
     tau, weight = (jnp.asarray(x, dtype) for x in quadrature.half_line_rule(N_NODES))
@@ -144,7 +150,7 @@ class _Tilted(NamedTuple):
 
 
 def _integrate(
-    one: Logits, two: Logits, cross: Array, theta: Array | None
+    one: EigenLogits, two: EigenLogits, cross: Array, theta: Array | None
 ) -> tuple[Array, Array | None]:
     """The double integral in eigenbases, and its derivative unless `theta` is None."""
     (t_nodes, t_weights), (s, s_weights) = _rule(one), _rule(two)
@@ -186,14 +192,16 @@ class _Basis(NamedTuple):
     h: Array
 
     @classmethod
-    def make(cls, one: Logits, two: Logits, rotated: Array, t: Array, s: Array) -> "_Basis":
+    def make(
+        cls, one: EigenLogits, two: EigenLogits, rotated: Array, t: Array, s: Array
+    ) -> "_Basis":
         """Args: `rotated` is `U^T K12`."""
         g = 1 / (1 + t * one.values)
         e, w = _eigen(two.covariance - t * matmul(rotated.T, g[:, None] * rotated))
         p = matmul(matmul(one.vectors * g, rotated), w)
         return cls(t, s, g, e, w, p, 1 / (1 + s[:, None] * e))
 
-    def tilted(self, one: Logits, two: Logits) -> _Tilted:
+    def tilted(self, one: EigenLogits, two: EigenLogits) -> _Tilted:
         t, s, g, e, w, p, h = self
         in_p, in_w = h * matmul(p.T, one.present), h * matmul(w.T, two.present)
         spread = one.values * g
@@ -214,7 +222,9 @@ class _Basis(NamedTuple):
             var2=matmul(e * h, (w**2).T),
         )
 
-    def tilted_slope(self, one: Logits, two: Logits, at: _Tilted, theta: Array) -> _Tilted:
+    def tilted_slope(
+        self, one: EigenLogits, two: EigenLogits, at: _Tilted, theta: Array
+    ) -> _Tilted:
         """The derivative of `tilted`, which is `at`, in `K12` along `theta`."""
         t, s, g, _, w, p, h = self
         column, both = s[:, None], (s * t)[:, None, None]
@@ -240,7 +250,7 @@ class _Basis(NamedTuple):
         )
 
 
-def _sequential(one: Logits, two: Logits, cross: Array) -> Array:
+def _sequential(one: EigenLogits, two: EigenLogits, cross: Array) -> Array:
     """The same integral without eigenvectors: slower, and differentiable everywhere.
 
     One factor `exp(-rate f_2(z_k))` after the other, as a Kalman filter takes observations in:

@@ -83,7 +83,7 @@ class Expansion(NamedTuple):
     components: Components
 
 
-Input = closed_form.Logits | Expansion
+Input = closed_form.EigenLogits | Expansion
 
 
 def joint_second_moment(
@@ -165,7 +165,7 @@ def prepare(
     noise = sampling.rounding(covariance * present[:, :, None] * present[:, None, :])
     covariance = project(covariance, present, present, surrogate)
     if surrogate.has_closed_form:
-        return jax.vmap(closed_form.prepare)(covariance, present)
+        return jax.vmap(closed_form.diagonalise)(covariance, present)
     size = present.shape[-1]
     with_curvature = size <= _LARGEST_CURVATURE or isinstance(method, Series)
 

@@ -32,8 +32,8 @@ from taylor_softmax._position_axis.components import Components, components
 _NODES = (1.0, 0.6)
 
 
-class Logits(NamedTuple):
-    """Logits of one input, in `C` classes.
+class QueryLogits(NamedTuple):
+    """QueryLogits of one input, in `C` classes.
 
     Attributes:
       root: of the covariance of the `xi`.
@@ -48,13 +48,13 @@ class Logits(NamedTuple):
     components: Components
 
 
-def prepare(
+def query_logits(
     covariance: Float[Array, "S S"],
     noise: Float[Array, ""],
     scales: Float[Array, " C"],
     allowed: Float[Array, "C S"],
     surrogate: Surrogate,
-) -> Logits:
+) -> QueryLogits:
     """The logits of one input with `covariance` right to rounding errors of size `noise`."""
     root = sampling.psd_root(covariance, noise)
 
@@ -62,12 +62,12 @@ def prepare(
         scale, allowed = of
         return components(scale * root.root, allowed, surrogate, with_curvature=False)
 
-    return Logits(root, scales, allowed, lax.map(of_class, (scales, allowed)))
+    return QueryLogits(root, scales, allowed, lax.map(of_class, (scales, allowed)))
 
 
 def coefficients(
-    one: Logits,
-    two: Logits,
+    one: QueryLogits,
+    two: QueryLogits,
     cross: Float[Array, "S S"],
     values: list[Array],
     keys: list[Array],
@@ -126,7 +126,7 @@ def _form(first: Array, values: Array, keys: Array, second: Array) -> Array:
 
 
 def _correlated_points(
-    one: Logits, two: Logits, cross: Array, n_points: int
+    one: QueryLogits, two: QueryLogits, cross: Array, n_points: int
 ) -> tuple[Array, Array, Array]:
     """`xi`, `xi'` at correlation 1, and an independent `xi'`, each `(S, points)`."""
     size = len(cross)
