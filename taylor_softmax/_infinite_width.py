@@ -14,6 +14,7 @@ both `exp(c)` for softmax itself, and for the Taylor polynomial of order m, by M
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from taylor_softmax._generated import infinite_width
 from taylor_softmax._numerics.surrogate import Exponential, Surrogate
@@ -29,7 +30,9 @@ _EMITTED = {
 }
 
 
-def moments(var1: Array, cov12: Array, var2: Array, *, surrogate: Surrogate) -> tuple[Array, Array]:
+def moments(
+    var1: Array, cov12: Array, var2: Array, *, surrogate: Surrogate
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """`(nngp, d nngp / d cov12)` of the infinitely wide layer, for arrays that broadcast.
 
     For softmax both overflow where `exp(cov12)` does, as the limit itself does.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from taylor_softmax._numerics.arguments import Validated, as_real
 from taylor_softmax._numerics.surrogate import Surrogate, parse
@@ -21,7 +22,7 @@ def taylor_softmax(
     order: Validated[int | None] = None,
     axis: Validated[int | tuple[int, ...]] = -1,
     where: Validated[ArrayLike | None] = None,
-) -> Array:
+) -> Float[Array, "*shape"]:
     """`y_i = f(z_i) / sum_j f(z_j)` with `f(z) = sum_{k <= order} z^k / k!`, or `f = exp`.
 
     Of de Brebisson & Vincent 2016 (arXiv 1511.05042, eq. 5). Values and gradients are finite for
@@ -55,7 +56,7 @@ def log_taylor_softmax(
     order: Validated[int | None] = None,
     axis: Validated[int | tuple[int, ...]] = -1,
     where: Validated[ArrayLike | None] = None,
-) -> Array:
+) -> Float[Array, "*shape"]:
     """`log f(z_i) - log sum_j f(z_j)`, the logarithm of `taylor_softmax` without its underflow.
 
     Arguments and errors are those of `taylor_softmax`; what `where` excludes is `-inf`.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.surrogate import parse
@@ -37,7 +38,7 @@ def class_probabilities(
     variance: Validated[ArrayLike],
     *,
     order: Validated[int | None] = None,
-) -> Array:
+) -> Float[Array, "*batch classes"]:
     """`E[f(z_i) / sum_j f(z_j)]` for independent Gaussian logits `z_j ~ N(mean_j, variance_j)`.
 
     With `phi_j(t) = E[exp(-t f(z_j))]` and `1 / D = int_0^inf exp(-t D) dt`,
@@ -80,7 +81,7 @@ def class_probability_covariance(
     variance: Validated[ArrayLike],
     *,
     order: Validated[int | None] = None,
-) -> Array:
+) -> Float[Array, "*batch classes classes"]:
     """`Cov[y_i, y_j]` of `y = f(z) / sum_j f(z_j)` for independent Gaussian logits.
 
     From `E[y_i y_j] = int_0^inf t phi_i' phi_j' prod_{k != i, j} phi_k dt` (for `i = j`:
@@ -96,7 +97,9 @@ def class_probability_covariance(
     return _covariance(_moments(mean, variance, order, covariance=True))
 
 
-def expected_log_normalizer(mean: Validated[ArrayLike], variance: Validated[ArrayLike]) -> Array:
+def expected_log_normalizer(
+    mean: Validated[ArrayLike], variance: Validated[ArrayLike]
+) -> Float[Array, "*batch"]:
     """`E[log sum_j exp z_j]` for independent Gaussian logits `z_j ~ N(mean_j, variance_j)`.
 
     With it the expected log-likelihood of a label is `mean_y - E[log sum_j exp z_j]`, as

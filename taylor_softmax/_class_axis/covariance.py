@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from taylor_softmax._class_axis import grids, integral, interpolant, mehler
 from taylor_softmax._numerics.arguments import Validated, as_real, check_n_classes
@@ -52,7 +53,7 @@ def class_covariance(
     n_classes: Validated[int],
     order: Validated[int | None] = None,
     method: Validated[Method | None] = None,
-) -> Array:
+) -> Float[Array, "*batch"]:
     """The number `I(a, c, b; n)` that determines the class-by-class second moment of a softmax.
 
     For logits `(u_i, v_i) ~ N(0, [[a, c], [c, b]])`, i.i.d. over `n` classes, and
@@ -115,7 +116,7 @@ def check_method(method: Any, surrogate: Surrogate) -> Method | None:
 
 def covariances(
     requests: Sequence[Pairs], *, n_classes: int, surrogate: Surrogate, method: Method | None
-) -> list[tuple[Array, Array]]:
+) -> list[tuple[Float[Array, "..."], Float[Array, "..."]]]:
     """`(I, dI / dc)` for every one of `requests`, which share one table.
 
     Arguments as those of `class_covariance`; each result has the shape that its request

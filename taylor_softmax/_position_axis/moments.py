@@ -93,7 +93,7 @@ def joint_second_moment(
     *,
     order: Validated[int | None] = None,
     method: Validated[Method | None] = None,
-) -> Array:
+) -> Float[Array, "*batch S S"]:
     """`E[y(u) y(v)^T]` of a softmax over jointly Gaussian logits with any covariance.
 
     For `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` and `y(z)_p = f(z_p) / sum_q f(z_q)` over `S`

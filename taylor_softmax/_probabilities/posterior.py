@@ -11,6 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from taylor_softmax._numerics.arguments import Validated, check_integer
 from taylor_softmax._numerics.precision import matmul
@@ -230,7 +231,7 @@ def categorical_log_evidence(
     tol: Validated[float] = 1e-4,
     max_iterations: Validated[int] = 100,
     damping: Validated[float] = 1.0,
-) -> Array:
+) -> Float[Array, ""]:
     """The lower bound of `log p(y)` of `categorical_inference`, differentiable in the kernel.
 
     For depths and scales of a network, by any optimiser of functions with gradients:
