@@ -19,7 +19,8 @@ PACKAGE_DOCSTRING = f'"""Closed forms emitted by `{COMMAND}`: do not edit."""\n'
 
 def render() -> dict[str, str]:
     """File name to content, of everything that belongs into the generated package."""
-    sources = (class_axis, infinite_width, position_axis, probabilities)
+    infinite_width.verify()
+    sources = (class_axis, position_axis, probabilities)
     modules = [source.module() for source in sources]
     return {"__init__.py": PACKAGE_DOCSTRING} | {f"{m.name}.py": m.render() for m in modules}
 

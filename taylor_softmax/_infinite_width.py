@@ -16,18 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from taylor_softmax._generated import infinite_width
 from taylor_softmax._numerics.surrogate import Exponential, Surrogate
-
-# Orders whose moments SymPy has multiplied out; the sums above do for all others.
-_EMITTED = {
-    2: infinite_width.moments_order_2,
-    4: infinite_width.moments_order_4,
-    6: infinite_width.moments_order_6,
-    8: infinite_width.moments_order_8,
-    10: infinite_width.moments_order_10,
-    12: infinite_width.moments_order_12,
-}
 
 
 def moments(
@@ -42,12 +31,6 @@ def moments(
         return value, value
     order = surrogate.order
     assert order is not None
-    if order in _EMITTED:
-        second, slope, mean1, mean2 = _EMITTED[order](var1, cov12, var2)
-        # One mean after the other, and as factors: their product, or the square in a quotient's
-        # derivative, overflows where the kernel does not.
-        share1, share2 = 1 / mean1, 1 / mean2
-        return second * share1 * share2, slope * share1 * share2
     return _mehler(var1, cov12, var2, order, order), _mehler(var1, cov12, var2, order - 1, order)
 
 

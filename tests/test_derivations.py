@@ -93,12 +93,12 @@ def stale(target: Path) -> None:
 
 
 def trailing(target: Path) -> None:
-    path = target / "infinite_width.py"
+    path = target / "probabilities.py"
     path.write_text(path.read_text() + "\n")
 
 
 def missing(target: Path) -> None:
-    (target / "infinite_width.py").unlink()
+    (target / "probabilities.py").unlink()
 
 
 def orphan(target: Path) -> None:
@@ -112,8 +112,8 @@ def empty(target: Path) -> None:
 
 DAMAGES = {
     stale: ("--- _generated/class_axis.py", "+++ _generated/class_axis.py", "log1p(2*excess)"),
-    trailing: ("--- _generated/infinite_width.py", "+++ _generated/infinite_width.py", "\n-\n"),
-    missing: ("--- /dev/null", "+++ _generated/infinite_width.py", "+def moments_order_12("),
+    trailing: ("--- _generated/probabilities.py", "+++ _generated/probabilities.py", "\n-\n"),
+    missing: ("--- /dev/null", "+++ _generated/probabilities.py", "+def logit_order_2("),
     orphan: ("--- _generated/order_3.py", "+++ /dev/null", "-ORPHAN = 1"),
     empty: ("--- /dev/null", "+++ _generated/__init__.py", "+def class_axis_order_2("),
 }
@@ -146,7 +146,7 @@ def test_what_is_not_python_is_left_alone(target, capsys):
 
 
 def test_generated_files_say_where_they_come_from(rendered):
-    modules = {"class_axis.py", "infinite_width.py", "position_axis.py", "probabilities.py"}
+    modules = {"class_axis.py", "position_axis.py", "probabilities.py"}
     assert set(rendered) == {"__init__.py"} | modules
     for name, text in rendered.items():
         first = text.splitlines()[0]
@@ -695,16 +695,19 @@ def test_expectation_is_linear():
     assert sp.expand(gaussian.expectation(polynomial) - want) == 0
 
 
-@pytest.mark.parametrize("order", [2, 4, 8])
-def test_horner_form_changes_nothing(order):
-    u, v = gaussian.U, gaussian.V
-    second = gaussian.expectation(
-        gaussian.taylor_polynomial(u, order) * gaussian.taylor_polynomial(v, order)
+def test_sums_of_the_infinitely_wide_axis():
+    infinite_width.verify()
+
+
+def test_a_wrong_sum_of_the_infinitely_wide_axis_is_noticed(monkeypatch):
+    """Negative control: `e_r` with one degree less."""
+    monkeypatch.setattr(
+        infinite_width,
+        "exponential_sum",
+        lambda x, degree: gaussian.taylor_polynomial(x, max(0, degree - 1)),
     )
-    form = infinite_width.horner_form(second)
-    assert sp.expand(form - second) == 0
-    assert sp.count_ops(form) < sp.count_ops(second)
-    assert infinite_width.horner_form(sp.Integer(3)) == 3
+    with pytest.raises(ArithmeticError, match="of order 2"):
+        infinite_width.verify()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 5, 12])

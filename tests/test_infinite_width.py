@@ -16,8 +16,7 @@ from numpy.polynomial import hermite_e
 from taylor_softmax import _infinite_width
 from taylor_softmax._numerics.surrogate import parse
 
-EMITTED = (2, 4, 6, 8, 10, 12)
-ORDERS = (*EMITTED, 14, 20, 32)
+ORDERS = (2, 4, 6, 8, 10, 12, 14, 20, 32)
 DIGITS = 50
 EPS = float(np.finfo(float).eps)
 
@@ -173,31 +172,6 @@ def test_a_perturbed_moment_is_noticed(order, monkeypatch):
         assert_moments(moments(covariance, order + 2), covariance, order, 2 * order * EPS)
 
 
-@pytest.mark.parametrize("order", EMITTED)
-def test_emitted_means(order):
-    for covariance in COVARIANCES:
-        *_, mean1, mean2 = exact(*covariance, order=order)
-        got = _infinite_width._EMITTED[order](*(jnp.asarray(x) for x in covariance))
-        np.testing.assert_allclose(got[2:], [float(mean1), float(mean2)], rtol=order * EPS)
-
-
-@pytest.mark.parametrize("order", EMITTED)
-def test_emitted_forms_agree_with_the_sums(order):
-    rng = np.random.default_rng(order)
-    var1, var2 = np.exp(rng.uniform(-3, 3, size=(2, 200)))
-    largest = np.sqrt(var1 * var2)
-    cov12 = rng.uniform(-1, 1, size=200) * largest
-    var1, cov12, var2 = (jnp.asarray(x) for x in (var1, cov12, var2))
-    value, slope = compiled(var1, cov12, var2, order=order)
-    size = compiled(var1, jnp.abs(cov12), var2, order=order)
-    for got, scale, degree in ((value, size[0], order), (slope, size[1], order - 1)):
-        want = _infinite_width._mehler(var1, cov12, var2, degree, order)
-        assert float(jnp.max(jnp.abs(got - want) / scale)) <= 2 * order * EPS
-        # Negative control: the sum of another degree.
-        other = _infinite_width._mehler(var1, cov12, var2, degree - 1, order)
-        assert float(jnp.max(jnp.abs(got - other) / scale)) > 1e-3
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_float32(covariance, order):
@@ -314,7 +288,7 @@ def test_constant_input(order):
 # Slopes, shapes, softmax
 
 
-@pytest.mark.parametrize("order", [*EMITTED, 14, None])
+@pytest.mark.parametrize("order", [2, 4, 8, 12, 14, None])
 def test_slope_is_the_derivative(order):
     """By Price's theorem; here by differentiating the value, and by mpmath."""
     arguments = [jnp.asarray(x) for x in np.array(COVARIANCES).T]
