@@ -439,7 +439,7 @@ def test_shipped_samples_are_those_of_the_program(order):
     of = parse(order)
     design = class_axis_grids.design(of)
     sigma = class_axis_grids.sigmas(design)
-    n = class_axis_grids.numbers_of_classes(design)
+    n = np.array([2.0, 1000.0])
     i, j, k = sigma.size // 2, sigma.size // 5, design.correlations // 3
     rho = class_axis_grids.correlation(
         class_axis_grids.nodes(design.correlations)[k], sigma[i], sigma[j]
@@ -447,8 +447,8 @@ def test_shipped_samples_are_those_of_the_program(order):
     want = class_axis_grids.covariance(sigma[i], rho, sigma[j], n, of)
     alone = [class_axis_grids.covariance(sigma[m], 1.0, sigma[m], n, of) for m in (i, j)]
     arguments = np.array([sigma[i] ** 2, rho * sigma[i] * sigma[j], sigma[j] ** 2])
-    for m in (0, n.size // 2):
-        level = grids.level(of, float(n[m]), 64)
+    for m in range(2):
+        level = grids.level(of, int(n[m]), 64)
         a, c, b = arguments
         got, _ = grids.evaluate(
             level, jnp.full((1, 1), a), jnp.full((1, 1, 1), c), jnp.full((1, 1), b), fused=False
