@@ -366,7 +366,8 @@ def test_everything_of_neural_tangents_is_there_and_nothing_leaks():
     # The check of annotations imports jaxtyping into every module.
     there = {name for name in vars(stax) if not name.startswith("_")} - {"jaxtyping"}
     assert there == set(stax.__all__)
-    for name in theirs:
+    # That one is ours, and theirs but for one case.
+    for name in theirs - {"GlobalSelfAttention"}:
         mine, other = getattr(stax, name), getattr(neural_tangents.stax, name)
         # Some are theirs with kernels that say more: see `_layers.finite`.
         assert mine is other or mine.__wrapped__ is other, name
