@@ -4,10 +4,10 @@ Run `python -m benchmarks.probabilities` on an otherwise idle machine; `--quick`
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from benchmarks.report import environment, progress, publish, table
+from benchmarks.timing import interleaved, medians
 from oracles import probabilities as oracle
 from taylor_softmax.predict import (
     class_probabilities,
@@ -165,16 +166,11 @@ def time_table(n_points: int, n_classes: int, repetitions: int, dtype: Any) -> s
         compiled[name] = jax.jit(method).lower(mean, variances[1.0]).compile()
         rows[name] = [f"{time.perf_counter() - start:.1f}"]
     for top, variance in variances.items():
-        times: dict[str, list[float]] = {name: [] for name in methods}
-        # The first round warms up. Rounds are interleaved: drift of the machine hits all alike.
-        for _ in range(repetitions + 1):
-            for name, function in compiled.items():
-                start = time.perf_counter()
-                jax.block_until_ready(function(mean, variance))
-                times[name].append(time.perf_counter() - start)
+        calls = {name: partial(function, mean, variance) for name, function in compiled.items()}
+        times = medians(interleaved(calls, repetitions))
         progress(f"{np.dtype(dtype).name}: variances of up to {top:g}")
         for name, seconds in times.items():
-            rows[name].append(f"{statistics.median(seconds[1:]) * 1e3:.0f}")
+            rows[name].append(f"{seconds * 1e3:.0f}")
     header = ["", "compile (s)", *(f"variances to {top:g} (ms)" for top in ranges)]
     return table(header, [[name, *row] for name, row in rows.items()])
 
