@@ -1,4 +1,4 @@
-"""Time, memory and error of the softmax layers' kernels beside neural-tangents' own layers.
+"""Time and memory of softmax over classes beside neural-tangents' `Erf`, first calls included.
 
 Run `python -m benchmarks.speed` on an otherwise idle machine; `--quick` tries it out.
 """
@@ -7,79 +7,46 @@ import argparse
 import itertools
 import os
 import statistics
+import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import taylor_softmax
 from benchmarks.report import environment, progress, publish, table
+from benchmarks.timing import interleaved, medians, seconds
 from taylor_softmax import monte_carlo, stax
-from taylor_softmax.methods import Direct
 
-N_CLASSES = 10
+ORDERS = (2, 8, 32, None)
+CLASSES = (2, 10, 1000)
+# Ranges of the logits' variances.
+SPREADS = {
+    "equal": (1.0, 1.0),
+    "factor 10": (10**-0.5, 10**0.5),
+    "to 4": (4e-6, 4.0),
+    "to 100": (1e-4, 100.0),
+    "to 1e4": (1e-2, 1e4),
+}
 # Inputs of few dimensions: pairs of them have all correlations, not only those near 0.
 DIMENSION = 8
-# Ranges of the logits' variances. Six decades go up to 4, where the documented error changes.
-SPREADS = {"equal": (1.0, 1.0), "factor 10": (10**-0.5, 10**0.5), "six decades": (4e-6, 4.0)}
-BODY = (stax.Dense(512, W_std=2**0.5), stax.Relu(), stax.Dense(N_CLASSES))
-BODY_KERNEL = jax.jit(stax.serial(*BODY)[2])
-# One repetition that takes long says enough: no more begin after this many seconds of a case.
-SECONDS_PER_CASE = 20.0
-TARGET = 1e-3  # relative standard error of Monte Carlo
+BIAS = 0.1
 
 
-class Layer(NamedTuple):
-    name: str
-    layer: Any
-    reference: Any  # the same layer, evaluated as accurately as it can be
-    mean: float = 0.0  # of an output
+def softmax(order: int | None) -> Any:
+    return stax.Softmax() if order is None else stax.TaylorSoftmax(order)
 
 
-@dataclass
-class Case:
-    """A compiled kernel function and its arguments."""
-
-    layer: Layer
-    scope: str
-    spread: str
-    executable: Any
-    arguments: tuple[Any, ...]
-    compile_time: float
-    memory: int
-    times: list[float] = field(default_factory=list)
-
-    def median(self) -> float:
-        return statistics.median(self.times)
+def name(order: int | None) -> str:
+    return "softmax" if order is None else f"order {order}"
 
 
-def taylor(order: int) -> Layer:
-    layer, reference = stax.TaylorSoftmax(order), stax.TaylorSoftmax(order, method=Direct())
-    return Layer(f"TaylorSoftmax({order})", layer, reference, 1 / N_CLASSES)
-
-
-def numerical(deg: int) -> Any:
-    with warnings.catch_warnings():
-        # Given to every user of the layer: that it is inexact, and that it differentiates.
-        warnings.filterwarnings("ignore", message="Numerical Activation Layer")
-        warnings.filterwarnings("ignore", message="Using JAX autodiff")
-        return stax.ElementwiseNumerical(jax.nn.sigmoid, deg=deg)
-
-
-ERF = Layer("Erf", stax.Erf(), stax.Erf())
-TAYLOR_2, TAYLOR_8 = taylor(2), taylor(8)
-SOFTMAX = Layer("Softmax", stax.Softmax(), stax.Softmax(method=Direct()), 1 / N_CLASSES)
-NUMERICAL = Layer("ElementwiseNumerical", numerical(10), numerical(60), 0.5)
-
-
-def inputs(n: int, spread: str, dtype: Any, seed: int) -> Array:
+def inputs(n: int, spread: str, dtype: Any, seed: int = 0) -> Array:
     """Inputs, in random order, at which the logits' variances are spread geometrically."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, DIMENSION))
@@ -89,263 +56,270 @@ def inputs(n: int, spread: str, dtype: Any, seed: int) -> Array:
     return jnp.asarray(x * np.sqrt(variances)[:, None], dtype)
 
 
-def on_logits(layer: Any, kernel: Any) -> tuple[Array, Array]:
-    result = layer[2](kernel)
-    return result.nngp, result.ntk
+def precision(x64: bool) -> Any:
+    jax.config.update("jax_enable_x64", x64)
+    return np.float64 if x64 else np.float32
 
 
-def compiled(layer: Any, scope: str, arguments: tuple[Any, ...]) -> tuple[Any, float, int]:
-    """Compiled function, seconds for tracing and compilation, bytes of outputs and temporaries."""
-    network = stax.serial(*BODY, layer)[2]
-    functions = {
-        "layer": lambda kernel: on_logits(layer, kernel),
-        "network": lambda x1, x2: network(x1, x2, ("nngp", "ntk")),
-    }
-    start = time.perf_counter()
-    executable = jax.jit(functions[scope]).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
+def compiled(layer: Any, n_classes: int, x: Array) -> tuple[Callable[[], Any], int]:
+    """The layer's NNGP and NTK on its logits' kernel, and bytes of results and temporaries."""
+    logits = stax.Dense(n_classes)[2](x, x[::-1])
+
+    def kernels(logits: Any) -> tuple[Array, Array]:
+        kernel = layer[2](logits)
+        return kernel.nngp, kernel.ntk
+
+    executable = jax.jit(kernels).lower(logits).compile()
     memory: Any = executable.memory_analysis()
-    return executable, seconds, memory.temp_size_in_bytes + memory.output_size_in_bytes
+    size = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return lambda: executable(logits), size
 
 
-def free_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+def layers(n: int, repetitions: int, quick: bool) -> Iterator[str]:
+    """Time and memory of the layer alone over those of Erf, in one run."""
+    for x64 in (False, True):
+        dtype, rows = precision(x64), []
+        for n_classes, order in itertools.product(CLASSES[:: 3 if quick else 1], ORDERS):
+            progress(f"{np.dtype(dtype).name}, {n_classes} classes, {name(order)}")
+            row, times, memory = [f"{name(order)}, {n_classes}"], {"erf": 0.0}, 0.0
+            for spread in SPREADS:
+                x = inputs(n, spread, dtype)
+                one, size = compiled(softmax(order), n_classes, x)
+                erf, erf_size = compiled(stax.Erf(), n_classes, x)
+                times = medians(interleaved({"one": one, "erf": erf}, repetitions, limit=5.0))
+                row.append(f"{times['one'] / times['erf']:.2f}")
+                memory = size / erf_size
+            rows.append([*row, f"{times['erf'] * 1e3:.0f}", f"{memory:.2f}"])
+        header = ["surrogate, classes", *SPREADS, "Erf (ms)", "memory"]
+        yield f"### {np.dtype(dtype).name}\n\n{table(header, rows)}"
 
 
-def make_cases(
-    n: int,
-    dtype: Any,
-    layers: Sequence[Layer],
-    spreads: Iterable[str] = ("factor 10",),
-    scopes: Sequence[str] = ("layer",),
-) -> list[Case]:
-    data = {s: (inputs(n, s, dtype, 1), inputs(n, s, dtype, 2)) for s in spreads}
-    given = {"layer": {s: (BODY_KERNEL(*x),) for s, x in data.items()}, "network": data}
-    cases = []
-    for layer, scope in itertools.product(layers, scopes):
-        progress(f"{np.dtype(dtype).name}, {n} inputs: compiling {layer.name}, {scope}")
-        # One executable for every spread: it only sees numbers.
-        arguments = next(iter(given[scope].values()))
-        executable, seconds, memory = compiled(layer.layer, scope, arguments)
-        if jax.default_backend() == "cpu" and memory > 0.8 * free_memory():
-            progress(f"left out, since it needs {memory / 2**30:.0f} GiB of free memory")
-            continue
-        for spread, arguments in given[scope].items():
-            cases.append(Case(layer, scope, spread, executable, arguments, seconds, memory))
-    return cases
+def first_call(order: str, n: int, jit: bool, x64: bool) -> str:
+    """Seconds, in this process, of the first calls of Erf, of a layer, and of another order."""
+    x = inputs(n, "factor 10", precision(x64))
+    stax.Dense(10)[2](x, None)
+    surrogate = None if order == "softmax" else int(order)
+    times = []
+    for layer in (stax.Erf(), softmax(surrogate), softmax(4)):
+        kernel_fn = stax.serial(stax.Dense(10), layer)[2]
+
+        def call(kernel_fn: Any = kernel_fn) -> Any:
+            return kernel_fn(x, None, ("nngp", "ntk"))
+
+        times.append(seconds(jax.jit(call) if jit else call))
+    return " ".join(f"{each:.2f}" for each in times)
 
 
-def measure(cases: list[Case], repetitions: int) -> None:
-    """Times every case once per round, so that drift of the machine hits all of them alike."""
-    for repetition in range(repetitions):
-        progress(f"round {repetition + 1} of {repetitions}")
-        for case in cases:
-            if sum(case.times) < SECONDS_PER_CASE:
-                seconds = run(case)
-                # The first run after another function's also pays for getting memory back from the
-                # system: after one that needs gigabytes, several times its own cost.
-                case.times.append(run(case) if seconds < 1 else seconds)
-
-
-def run(case: Case) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(case.executable(*case.arguments))
-    return time.perf_counter() - start
-
-
-def errors(case: Case) -> tuple[float, float]:
-    """Largest errors of NNGP and NTK on a subset of entries, relative to correlation 1.
-
-    That is, to what the layer gives for perfectly correlated logits of the same variances and the
-    same incoming NTK; of the NNGP the part beyond the square of the mean output.
-    """
-    (kernel,) = case.arguments
-    chosen = np.random.default_rng(3).permutation(len(kernel.cov1))[:24]
-
-    def block(matrix: Any) -> np.ndarray:
-        return np.asarray(matrix, np.float64)[np.ix_(chosen, chosen)]
-
-    nngp, ntk = map(block, case.executable(kernel))
-    x64 = jax.config.read("jax_enable_x64")
-    # The reference is in float64 whatever the precision, at the very numbers the layer was given.
-    jax.config.update("jax_enable_x64", True)
-    try:
-        var1, var2 = (jnp.asarray(np.asarray(v, float)[chosen]) for v in (kernel.cov1, kernel.cov2))
-        aligned = kernel.replace(
-            cov1=var1,
-            cov2=var2,
-            # Just below 1: derivatives of numerical quadrature are not finite there.
-            nngp=jnp.sqrt(jnp.outer(var1, var2)) * (1 - 1e-12),
-            ntk=jnp.asarray(block(kernel.ntk)),
-        )
-        given = aligned.replace(nngp=jnp.asarray(block(kernel.nngp)))
-        # NumPy's before JAX goes back to float32, which would round them.
-        exact = [np.asarray(x) for x in on_logits(case.layer.reference, given)]
-        largest = [np.asarray(x) for x in on_logits(case.layer.reference, aligned)]
-    finally:
-        jax.config.update("jax_enable_x64", x64)
-    return (
-        float(np.max(np.abs((nngp - exact[0]) / (largest[0] - case.layer.mean**2)))),
-        float(np.max(np.abs((ntk - exact[1]) / largest[1]))),
-    )
-
-
-def layers_table(cases: list[Case]) -> str:
-    header = ["layer", "scope", "variances", "compile (s)", "min (ms)", "median (ms)", "/ Erf"]
-    header += ["memory (MiB)", "/ Erf", "NNGP error", "NTK error"]
-    references = {(c.scope, c.spread): c for c in cases if c.layer is ERF}
+def first_calls(quick: bool) -> str:
     rows = []
-    for case in cases:
-        reference = references[case.scope, case.spread]
-        row = [case.layer.name, case.scope, case.spread, f"{case.compile_time:.1f}"]
-        row += [f"{min(case.times) * 1e3:.1f}", f"{case.median() * 1e3:.1f}"]
-        row += [f"{case.median() / reference.median():.1f}", f"{case.memory / 2**20:.0f}"]
-        row += [f"{case.memory / reference.memory:.1f}"]
-        row += [f"{e:.0e}" for e in errors(case)] if case.scope == "layer" else ["", ""]
-        rows.append(row)
+    sizes = (5, 50) if quick else (5, 50, 2000)
+    for n, order, jit, x64 in itertools.product(
+        sizes, ("2", "softmax"), (False, True), (False, True)
+    ):
+        arguments = ["--first-call", order, str(n), str(int(jit)), str(int(x64))]
+        command = [sys.executable, "-m", "benchmarks.speed", *arguments]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        erf, one, other = map(float, result.stdout.split())
+        label = f"{n} x {n}, {order if order == 'softmax' else f'order {order}'}"
+        row = [label, "jit" if jit else "eager", "float64" if x64 else "float32"]
+        rows.append([*row, f"{erf:.2f}", f"{one - erf:+.2f}", f"{other - erf:+.2f}"])
+        progress(f"first call: {', '.join(rows[-1])}")
+    header = ["inputs, layer", "call", "dtype", "Erf (s)", "softmax", "then order 4"]
     return table(header, rows)
 
 
-def growth_table(sizes: list[int], dtype: Any, layers: list[Layer], repetitions: int) -> str:
+def hyperparameters(sizes: list[int], repetitions: int) -> str:
+    """A Gaussian marginal likelihood and its gradient in `W_std`, `b_std`, beside Erf's."""
     rows = []
+    for x64, n in itertools.product((False, True), sizes):
+        dtype = precision(x64)
+        x = inputs(n, "equal", dtype)
+        y = jnp.asarray(np.random.default_rng(1).choice([-1.0, 1.0], n), dtype)
+
+        def evidence(scales: Array, layer: Any, x: Array = x, y: Array = y) -> Array:
+            kernel_fn = stax.serial(
+                stax.Dense(1, W_std=scales[0], b_std=scales[1]),
+                stax.Relu(),
+                stax.Dense(10, W_std=scales[0], b_std=scales[1]),
+                layer,
+            )[2]
+            nngp: Any = kernel_fn(x, None, "nngp")
+            root = jnp.linalg.cholesky(nngp + 1e-2 * jnp.eye(len(x), dtype=x.dtype))
+            solved = jax.scipy.linalg.solve_triangular(root, y, lower=True)
+            return -0.5 * solved @ solved - jnp.sum(jnp.log(jnp.diagonal(root)))
+
+        scales = jnp.asarray([1.4, BIAS], dtype)
+        functions, first = {}, {}
+        for key, layer in {
+            "erf": stax.Erf(),
+            "order 2": softmax(2),
+            "softmax": softmax(None),
+        }.items():
+            gradient = jax.jit(jax.value_and_grad(lambda s, layer=layer: evidence(s, layer)))
+            functions[key] = lambda gradient=gradient, scales=scales: gradient(scales)
+            first[key] = seconds(functions[key])
+        times = medians(interleaved(functions, repetitions, limit=10.0))
+        for key in ("order 2", "softmax"):
+            row = [f"{key}, {n:,} inputs", np.dtype(dtype).name, f"{first[key]:.1f}"]
+            row += [f"{times[key] * 1e3:.0f}", f"{times['erf'] * 1e3:.0f}"]
+            rows.append([*row, f"{times[key] / times['erf']:.2f}"])
+    return table(["layer", "dtype", "first call (s)", "ms", "Erf (ms)", "ratio"], rows)
+
+
+def growth(sizes: list[int], repetitions: int) -> str:
+    rows, dtype = [], precision(False)
     for n in sizes:
-        cases = make_cases(n, dtype, layers)
-        measure(cases, repetitions)
-        rows.append([f"{n:,}", *(f"{case.median() / n**2 * 1e9:.1f}" for case in cases)])
-    return table(["inputs", *(f"{layer.name} (ns/pair)" for layer in layers)], rows)
+        functions: dict[Any, Any] = {
+            order: compiled(softmax(order), 10, inputs(n, "factor 10", dtype))[0]
+            for order in (2, None)
+        }
+        functions["erf"] = compiled(stax.Erf(), 10, inputs(n, "factor 10", dtype))[0]
+        times = medians(interleaved(functions, repetitions, limit=10.0))
+        rows.append([f"{n:,}", *(f"{each / n**2 * 1e9:.1f}" for each in times.values())])
+    return table(["inputs", "order 2 (ns/pair)", "softmax (ns/pair)", "Erf (ns/pair)"], rows)
 
 
-def pair_by_pair(order: int | None, dtype: Any) -> tuple[float, float]:
-    """Samples needed for `TARGET` at the median pair, and seconds per sample and pair."""
-    side, n_samples = 8, 20_000
-    kernel = BODY_KERNEL(*(inputs(side, "factor 10", dtype, seed) for seed in (1, 2)))
-    pairs = kernel.cov1[:, None], kernel.nngp, kernel.cov2
-    for seed in (0, 1):  # the first compiles
-        start = time.perf_counter()
-        mean, stderr = monte_carlo.class_second_moment(
-            jax.random.key(seed), *pairs, n_classes=N_CLASSES, order=order, n_samples=n_samples
-        )
-        relative = np.asarray(stderr / mean)[..., 0, 0]
-        seconds = time.perf_counter() - start
-    return n_samples * float(np.median(relative) / TARGET) ** 2, seconds / side**2 / n_samples
-
-
-def shared(layer: Layer, dtype: Any) -> tuple[float, float]:
-    """The same where all pairs share samples of all inputs' outputs, averaged over classes."""
-    side, n_samples = 512, 256
-    x = jnp.concatenate([inputs(side, "factor 10", dtype, seed) for seed in (1, 2)])
-    covariance: Any = BODY_KERNEL(x, None).nngp
-    root = jnp.linalg.cholesky(covariance + 1e-6 * jnp.eye(2 * side, dtype=dtype))
-
-    @jax.jit
-    def outputs(key: Array) -> tuple[Array, Array]:
-        normal = jax.random.normal(key, (n_samples, N_CLASSES, 2 * side), dtype)
-        y = layer.layer[1]((), jnp.moveaxis(normal @ root.T, 1, 2))
-        return y[:, :side], y[:, side:]
-
-    @jax.jit
-    def estimate(key: Array) -> Array:
-        return jnp.einsum("sic,sjc->ij", *outputs(key)) / (n_samples * N_CLASSES)
-
-    few = [y[:, :32] for y in outputs(jax.random.key(0))]
-    samples = np.asarray(jnp.einsum("sic,sjc->sij", *few)) / N_CLASSES
-    relative = np.std(samples, axis=0) / np.mean(samples, axis=0)
-    for seed in (0, 1):  # the first compiles
-        start = time.perf_counter()
-        jax.block_until_ready(estimate(jax.random.key(seed)))
-        seconds = time.perf_counter() - start
-    return float(np.median(relative) / TARGET) ** 2, seconds / side**2 / n_samples
-
-
-def monte_carlo_table(cases: list[Case], n: int, dtype: Any) -> str:
+def definiteness(n: int) -> str:
+    """Smallest over largest eigenvalue; duplicates, near duplicates, norms over three decades."""
     rows = []
-    for layer, order in ((TAYLOR_2, 2), (TAYLOR_8, 8), (SOFTMAX, None)):
-        times = [
-            case.median() / n**2
-            for case in cases
-            if (case.layer, case.scope, case.spread) == (layer, "layer", "factor 10")
-        ]
-        for analytic, method in itertools.product(times, ("pair by pair", "shared samples")):
-            progress(f"Monte Carlo for {layer.name}, {method}")
-            measured = shared(layer, dtype) if "shared" in method else pair_by_pair(order, dtype)
-            seconds = measured[0] * measured[1]
-            row = [layer.name, method, f"{measured[0]:.0e}", f"{seconds * 1e9:.1e}"]
-            row += [f"{seconds * n**2:,.0f}", f"{analytic * 1e9:.0f}"]
-            rows.append([*row, f"{seconds / analytic:.0e}"])
-    header = ["layer", "sampling", "samples needed", "extrapolated (ns/pair)"]
-    header += [f"extrapolated, {n:,} x {n:,} (s)", "analytic (ns/pair)", "ratio"]
-    return table(header, rows)
+    for x64, order, n_classes in itertools.product((False, True), (2, 8, None), (2, 10)):
+        dtype = precision(x64)
+        rng = np.random.default_rng(2)
+        x = rng.standard_normal((n, 20)) * 10 ** rng.uniform(-2, 1, (n, 1))
+        x[: n // 10] = x[n // 10 : 2 * (n // 10)]
+        x[-n // 10 :] = x[: n // 10] + 1e-4 * rng.standard_normal((n // 10, 20))
+        layer = softmax(order)
+        kernel: Any = stax.serial(stax.Dense(n_classes), layer)[2](jnp.asarray(x, dtype), None)
+        row = [f"{name(order)}, {n_classes} classes", np.dtype(dtype).name]
+        for matrix in (kernel.nngp, kernel.ntk):
+            eigenvalues = np.linalg.eigvalsh(np.asarray(matrix, float))
+            row.append(f"{eigenvalues[0] / eigenvalues[-1]:.0e}")
+        rows.append(row)
+    return table(["surrogate", "dtype", "NNGP", "NTK"], rows)
+
+
+def fuzz(size: int) -> str:
+    """Values and gradients at random arguments, some of them at the edges."""
+    rows = []
+    for x64, order, n in itertools.product(
+        (False, True), (None, 2, 4, 8, 20, 32), (2, 3, 10, 1000, 1_000_000)
+    ):
+        dtype = precision(x64)
+        rng = np.random.default_rng(n)
+        var1, var2 = 10 ** rng.uniform(-8, 6, (2, size // 60))
+        var1[::7], var2[::11] = 0, var1[::11]
+        rho = rng.uniform(-1, 1, var1.size)
+        rho[::5], rho[1::5] = 1 + 2 * float(jnp.finfo(dtype).eps), -1
+        rho[2::5] = 1 - 10 ** rng.uniform(-8, 0, rho[2::5].size)
+        a, b = jnp.asarray(var1, dtype), jnp.asarray(var2, dtype)
+        c = jnp.asarray(rho, dtype) * jnp.sqrt(a) * jnp.sqrt(b)
+
+        def total(a: Array, c: Array, b: Array, order: Any = order, n: int = n) -> Any:
+            value = taylor_softmax.class_covariance(a, c, b, n_classes=n, order=order)
+            return jnp.sum(value), value
+
+        gradients, value = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(a, c, b)
+        scaled = n * np.asarray(value, float)
+        finite = all(np.all(np.isfinite(each)) for each in (value, *gradients))
+        low = -np.min(scaled[rho >= 0], initial=0.0) if order is None else 0.0
+        over = np.max(np.abs(scaled)) - 1
+        rows.append((order, np.dtype(dtype).name, finite, over, low))
+    lines = []
+    for order, dtype in itertools.product((None, 2, 4, 8, 20, 32), ("float32", "float64")):
+        chosen = [row for row in rows if row[:2] == (order, dtype)]
+        line = [name(order), dtype, "yes" if all(row[2] for row in chosen) else "NO"]
+        line += [f"{max(row[k] for row in chosen):.0e}" for k in (3, 4)]
+        lines.append(line)
+    return table(["surrogate", "dtype", "all finite", "n |I| - 1", "below 0 (softmax)"], lines)
+
+
+def sampling(repetitions: int) -> str:
+    """Samples that Monte Carlo needs for a relative standard error of 1e-3, and their time."""
+    rows, dtype, side, n_samples = [], precision(True), 8, 20_000
+    for order in (2, 8, None):
+        x = inputs(side, "factor 10", dtype)
+        logits: Any = stax.Dense(10)[2](x, x[::-1])
+        pairs = logits.cov1[:, None], logits.nngp, logits.cov2
+
+        def draw(pairs: Any = pairs, order: Any = order) -> Any:
+            return monte_carlo.class_second_moment(
+                jax.random.key(0), *pairs, n_classes=10, order=order, n_samples=n_samples
+            )
+
+        mean, stderr = draw()
+        time = statistics.median(seconds(draw) for _ in range(repetitions))
+        needed = n_samples * float(np.median(np.asarray(stderr / mean)[..., 0, 0]) / 1e-3) ** 2
+        per_pair = time / side**2 / n_samples * needed
+        rows.append([name(order), f"{needed:.0e}", f"{per_pair:.1e}"])
+    return table(["surrogate", "samples", "seconds a pair"], rows)
 
 
 EXPLANATION = """\
-NNGP and NTK of {n:,} x {n:,} inputs under `jit`, up to {repetitions} interleaved repetitions.
-Scope "network" is `Dense(512), Relu(), Dense({classes})` and the layer; "layer" is the layer alone,
-on the logits' kernel. Variances of the logits: all 1; spread geometrically over a factor 10 around
-1; over six decades up to 4. Compilation includes tracing. Memory: outputs and temporaries of the
-compiled function. "/ Erf": ratio of medians, and of memory, to the `Erf` row of the same scope and
-variances. Error: the largest on 24 x 24 entries, relative to the value at correlation 1 (the
-NNGP's less the squared mean output), against `method=Direct()` in float64. In float32 the NNGP
-contains 1/n^2, whose rounding alone is large beside the covariance at variances of 1e-5.
+NNGP and NTK of {n:,} x {n:,} inputs under `jit`, the layer alone on its logits' kernel: time over
+that of `stax.Erf` in the same interleaved rounds, medians of {repetitions}. Variances of the
+logits: all 1; spread geometrically over a factor 10 around 1; over six decades to 4, to 100 and to
+1e4. Memory: outputs and temporaries of the compiled function over those of Erf."""
 
-`ElementwiseNumerical` is `stax.ElementwiseNumerical(jax.nn.sigmoid, deg=10)`: an elementwise layer,
-no softmax nor an approximation of one. Its error is that against its own rule of deg=60."""
+FIRST = """\
+## First calls
+
+Each in a fresh process, which has evaluated a dense layer: seconds of the first call of Erf (NNGP
+and NTK, `Dense(10)` before it), what softmax takes longer, and what a layer of another order after
+it takes longer than Erf did."""
+
+HYPERPARAMETERS = """\
+## Hyperparameters
+
+`jax.jit(jax.value_and_grad(...))` of a Gaussian marginal likelihood in `W_std` and `b_std`,
+through `Dense, Relu, Dense` and the layer."""
 
 GROWTH = """\
-### Growth
+## Growth
 
-Layer alone, variances spread over a factor 10. A time per pair that does not rise is growth no
-faster than the number of pairs."""
+Layer alone, float32, 10 classes, variances over a factor 10."""
 
-MONTE_CARLO = """\
-### Monte Carlo
+DEFINITENESS = """\
+## Definiteness
 
-NNGP by sampling to a relative standard error of 1e-3 of the same-class entry, for the median pair
-at variances spread over a factor 10; beside it the measured time of the analytic NNGP and NTK.
-Extrapolated from the spread and the time of fewer samples on a small block. "Pair by pair" is
-`monte_carlo.class_second_moment`, 8 x 8 pairs, which estimates every pair of classes; "shared
-samples" draws the outputs at all of 512 + 512 inputs jointly, and averages over classes."""
+Smallest over largest eigenvalue of kernels of {n:,} inputs: a tenth duplicates, a tenth near
+duplicates (1e-4), norms over three decades."""
 
+FUZZ = """\
+## Fuzz
 
-def benchmark(arguments: argparse.Namespace, x64: bool) -> str:
-    jax.config.update("jax_enable_x64", x64)
-    dtype: Any = np.float64 if x64 else np.float32
-    n, repetitions, quick = arguments.inputs, arguments.repetitions, arguments.quick
-    layers = [ERF, TAYLOR_2, NUMERICAL] if quick else [ERF, TAYLOR_2, TAYLOR_8, SOFTMAX, NUMERICAL]
-    cases = make_cases(n, dtype, layers, SPREADS, ("layer", "network"))
-    measure(cases, repetitions)
-    sections = [f"## {np.dtype(dtype).name}", layers_table(cases)]
-    if x64 or arguments.x64 is False:  # once
-        growing, sizes = [ERF, TAYLOR_2], [n // 2, n]
-        if not quick:
-            growing, sizes = [*growing, SOFTMAX], [*sizes, 2 * n]
-        sections += [GROWTH, growth_table(sizes, dtype, growing, repetitions)]
-        sections += [MONTE_CARLO, monte_carlo_table(cases, n, dtype)]
-    return "\n\n".join(sections)
+{size:,} random arguments, variances from 1e-8 to 1e6 and 0, correlations from -1 to 1 and two ulp
+beyond, 2 to 1e6 classes: whether values and gradients are finite, and by how much values leave
+their bounds."""
 
+SAMPLING = """\
+## Monte Carlo
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, help="per side of the matrix (2000)")
-    parser.add_argument("--repetitions", type=int, help="of every measurement (7)")
-    x64 = argparse.BooleanOptionalAction
-    parser.add_argument("--x64", action=x64, help="one precision only (both; quick: float64)")
-    parser.add_argument("--quick", action="store_true", help="fewer layers, small, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.md"))
-    arguments = parser.parse_args(argv)
-    arguments.inputs = arguments.inputs or (200 if arguments.quick else 2000)
-    arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 7)
-    if arguments.quick and arguments.x64 is None:
-        arguments.x64 = True
-    return arguments
+What `monte_carlo.class_second_moment` takes for a relative standard error of 1e-3 at the median
+pair."""
 
 
 def main() -> None:
-    arguments = parse(sys.argv[1:])
-    n, repetitions = arguments.inputs, arguments.repetitions
-    explanation = EXPLANATION.format(n=n, repetitions=repetitions, classes=N_CLASSES)
-    parts = ["# Speed", environment("benchmarks.speed", sys.argv[1:]), explanation]
-    precisions = (True, False) if arguments.x64 is None else (arguments.x64,)
-    parts += [benchmark(arguments, x64) for x64 in precisions]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small, to try it out")
+    parser.add_argument("--first-call", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.md"))
+    arguments = parser.parse_args()
+    if arguments.first_call:
+        order, n, jit, x64 = arguments.first_call
+        print(first_call(order, int(n), bool(int(jit)), bool(int(x64))))
+        return
+    quick = arguments.quick
+    n, repetitions, size = (300, 3, 60_000) if quick else (2000, 7, 1_000_000)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    parts = ["# Speed", environment("benchmarks.speed", sys.argv[1:])]
+    parts += ["## Layers", EXPLANATION.format(n=n, repetitions=repetitions)]
+    parts += layers(n, repetitions, quick)
+    parts += [FIRST, first_calls(quick)]
+    parts += [HYPERPARAMETERS, hyperparameters([100] if quick else [300, 1000], repetitions)]
+    parts += [GROWTH, growth([200, 400] if quick else [1000, 2000, 4000, 8000], repetitions)]
+    parts += [DEFINITENESS.format(n=n // 2), definiteness(n // 2)]
+    parts += [FUZZ.format(size=size), fuzz(size)]
+    parts += [SAMPLING, sampling(3)]
     publish(parts, arguments.output)
 
 

@@ -16,15 +16,19 @@ from typing import Any
 
 import numpy as np
 import scipy.special
-from numpy.polynomial import hermite_e
+from numpy.polynomial import chebyshev, hermite_e
 
-from taylor_softmax._class_axis import grids
-from taylor_softmax._numerics.quadrature import exponential_rule
+from taylor_softmax._class_axis import interpolant
+from taylor_softmax._numerics.quadrature import chebyshev_rule, exponential_rule
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._numerics.surrogate import _quadratic_factors as quadratic_factors
 
 TARGET = pathlib.Path(__file__).parents[1] / "taylor_softmax" / "_generated"
 ROUNDING = 0.8
+
+# Steps of the rules for polynomials, order 2 and others: in x; in z, where the roots of f are
+# closest to the axis, to which two classes are sensitive; and in log f.
+X_STEPS, Z_STEPS, LOG_STEPS = (0.3, 0.42), (0.17, 0.32), (0.3, 0.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +38,8 @@ class Design:
     Attributes:
       knee: `w` of the coordinate `sigma / (sigma + w)`.
       variances, correlations, classes: numbers of Chebyshev nodes.
-      packing: errors that packing may make of slopes at variances up to 20, 100, 1e4, 1e6.
-      measured: twice the largest errors found off the nodes at these variances, n = 2, 10 and 1000,
-        of value and slope, relative to their values at correlation 1.
+      packing: errors that packing may make of slopes at variances up to each of
+        `interpolant.VARIANCES`.
     """
 
     knee: float
@@ -44,53 +47,57 @@ class Design:
     correlations: int
     classes: int
     packing: tuple[float, float, float, float]
-    measured: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+# For every order; the costly ones, which few use, on fewer nodes.
+PACKING = 1e-6, 1e-6, 1e-5, 1e-4
+DESIGNS = {
+    None: Design(5.0, 46, 46, 24, (3e-7, 3e-7, 1e-5, 1e-4)),
+    2: Design(2.0, 52, 44, 24, (3e-8, 3e-8, 3e-7, 3e-6)),
+    4: Design(2.0, 38, 44, 22, PACKING),
+    6: Design(2.0, 38, 34, 22, PACKING),
+    8: Design(4.0, 38, 44, 22, PACKING),
+    **{order: Design(4.0, 38, 34, 22, PACKING) for order in (10, 12, 14, 16, 20, 22)},
+    18: Design(6.0, 34, 28, 18, PACKING),
+    **{order: Design(6.0, 30, 24, 14, PACKING) for order in (24, 26, 28, 30, 32)},
+}
 
 
 def design(surrogate: Surrogate) -> Design:
-    if surrogate.order is None:
-        measured = (4e-7, 4e-7, 4e-5, 3e-4), (6e-6, 1e-4, 8e-3, 2.0)
-        return Design(5.0, 44, 30, 20, (3e-7, 3e-7, 3e-5, 1e-3), measured)
-    if surrogate.order == 2:
-        measured = (4e-7, 4e-7, 1e-6, 1e-5), (1e-4, 2e-4, 6e-4, 0.2)
-        return Design(2.0, 36, 32, 18, (1e-7, 1e-7, 1e-6, 1e-5), measured)
-    knee = 2.0 if surrogate.order <= 6 else 4.0
-    # Found at order 8, n = 2, with 26, 22 and 14 nodes.
-    measured = (3e-4, 3e-4, 3e-4, 3e-4), (1e-2, 1e-2, 1e-2, 0.5)
-    counts = (40, 34, 16) if surrogate.order in (4, 8) else (26, 22, 14)
-    return Design(knee, *counts, (1e-6, 3e-6, 1e-4, 1e-3), measured)
+    return DESIGNS[surrogate.order]
 
 
 def nodes(count: int) -> np.ndarray:
-    return np.cos(np.pi * (np.arange(count)[::-1] + 0.5) / count)
+    return chebyshev_rule(count)[0]
 
 
 def sigmas(of: Design) -> np.ndarray:
-    whole = np.sqrt(grids.LARGEST_VARIANCE)
+    whole = np.sqrt(interpolant.LARGEST_VARIANCE)
     v = (nodes(of.variances) + 1) / 2 * whole / (whole + of.knee)
     return of.knee * v / (1 - v)
 
 
 def numbers_of_classes(of: Design) -> np.ndarray:
-    low, high = (np.log(np.log(n) + 0.5) for n in (2, grids.LARGEST_N_CLASSES))
+    low, high = (np.log(np.log(n) + 0.5) for n in (2, interpolant.LARGEST_N_CLASSES))
     return np.exp(np.exp(low + (high - low) * (nodes(of.classes) + 1) / 2) - 0.5)
 
 
-def correlation(s: float, sigma1: float, sigma2: float) -> float:
-    """The correlation at the coordinate `s`."""
+def correlation(s: np.ndarray, sigma1: float, sigma2: float) -> tuple[np.ndarray, np.ndarray]:
+    """The correlation at the coordinate `s`, and its derivative."""
     x_one = sigma1 * sigma2 / np.sqrt((sigma1**2 + ROUNDING) * (sigma2**2 + ROUNDING))
-    t = s * x_one / (1 + np.sqrt(1 - x_one**2))
-    return 2 * t / (1 + t**2) / x_one
+    t_one = x_one / (1 + np.sqrt(1 - x_one**2))
+    t = s * t_one
+    return 2 * t / (1 + t**2) / x_one, 2 * (1 - t**2) / (1 + t**2) ** 2 * t_one / x_one
 
 
-def covariance(
+def slope(
     sigma1: float, rho: float, sigma2: float, n: np.ndarray, surrogate: Surrogate
 ) -> np.ndarray:
-    """`I` for all numbers of classes in `n`, which need not be integers."""
+    """`dI / dc` for all numbers of classes in `n`, which need not be integers."""
     sigma1, sigma2 = max(sigma1, sigma2), min(sigma1, sigma2)
     if surrogate.order is not None:
         return _polynomial(sigma1, rho, sigma2, n, surrogate)
-    if sigma1**2 > 2:
+    if sigma1 > 5:
         return _graded(sigma1, rho, sigma2, n)
     return _plain(sigma1, rho, sigma2, n)
 
@@ -107,14 +114,15 @@ def _double_sum(
     f_x: np.ndarray,
     f_y: np.ndarray,
     f_xy: np.ndarray,
+    f_c: np.ndarray,
     cell: np.ndarray | float,
     n: np.ndarray,
 ) -> np.ndarray:
-    log_f = np.where(
-        missing < 0.5, np.log1p(-np.minimum(missing, 0.6)), np.log(np.maximum(f, 1e-300))
-    )
-    numerator = (f_xy * f - f_x * f_y) * cell
-    return np.array([np.sum(numerator * np.exp((each - 2) * log_f)) for each in n])
+    # Rounding of F below, where the integrand is negligible.
+    f = np.maximum(f, 1e-14)
+    log_f = np.where(missing < 0.5, np.log1p(-np.minimum(missing, 0.6)), np.log(f))
+    both, each = 2 * f_c * f_xy * cell, f_c * f_x / f * f_y * cell
+    return np.array([k * np.sum((both + (k - 2) * each) * np.exp((k - 2) * log_f)) for k in n])
 
 
 def _products(
@@ -172,7 +180,7 @@ class _Noise:
 
 def _plain(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarray:
     def equally_spaced(sigma: float) -> np.ndarray:
-        low, high = -3 * sigma - 4, 7 * sigma + 27
+        low, high = -3 * sigma - 4, 7 * sigma + 31
         return np.linspace(low, high, int(np.ceil((high - low) / 0.35)) + 1)
 
     x, y = equally_spaced(sigma1), equally_spaced(sigma2)
@@ -182,7 +190,8 @@ def _plain(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarra
     w = y[:, None] - rho * sigma2 * normal
     two = _noise(w, sigma2 * np.sqrt(1 - rho**2))[:2]
     cell = (x[1] - x[0]) * (y[1] - y[0])
-    return _double_sum(*_products(one, two, weight / weight.sum()), cell, n)
+    products = _products(one, two, weight / weight.sum())
+    return _double_sum(*products, products[-1], cell, n)
 
 
 def _sinh_nodes(count: int, scale: float, reach: float) -> tuple[np.ndarray, np.ndarray]:
@@ -192,9 +201,9 @@ def _sinh_nodes(count: int, scale: float, reach: float) -> tuple[np.ndarray, np.
 
 def _graded(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarray:
     tau = sigma2 * np.sqrt(1 - rho**2)
-    xi = np.linspace(-6.5, 8 + 27 / sigma1, 132)
-    d, d_weight = _sinh_nodes(141, 0.6 * np.sqrt(1.6 + tau**2), 11 * sigma2 + 30)
-    e, e_weight = _sinh_nodes(131, 0.6 / sigma1, 14.5 + 27 / sigma1)
+    xi = np.linspace(-6.5, 8 + 31 / sigma1, 200)
+    d, d_weight = _sinh_nodes(171, 0.6 * np.sqrt(1.6 + tau**2), 11 * sigma2 + 30)
+    e, e_weight = _sinh_nodes(151, 0.6 / sigma1, 14.5 + 31 / sigma1)
     density = np.exp(-((xi[:, None] - e) ** 2) / 2) / np.sqrt(2 * np.pi) * e_weight
     cell = sigma1 * (xi[1] - xi[0]) * d_weight
     one = _rates(-sigma1 * e)
@@ -209,31 +218,26 @@ def _graded(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarr
         missing, f = np.where(up, mended, missing), np.where(up, 1 - mended, f)
         f_x = np.where(up, slope.sum(1)[:, None] - slope @ two[0].T, f_x)
         f_y = np.where(up, margin_slope - rest @ two[1].T, f_y)
-    return _double_sum(missing, f, f_x, f_y, f_xy, cell, n)
+    return _double_sum(missing, f, f_x, f_y, f_xy, f_xy, cell, n)
 
 
 # Polynomials.
 
 
-def _steps(surrogate: Surrogate, sigma: float) -> tuple[float, float]:
-    """Of the rules in x and in z."""
-    if surrogate.order == 2:
-        return 0.3, 0.35
-    return (0.7, 0.8) if sigma > 20 else (0.5, 0.6)
-
-
-def _x_nodes(sigma: float, surrogate: Surrogate, step: float) -> np.ndarray:
+def _x_nodes(sigma: float, surrogate: Surrogate) -> np.ndarray:
     ends = np.array([max(surrogate.minimiser, -8.5 * sigma), 6.8 * sigma, -6.8 * sigma])
-    lowest, *tops = _log_f(ends, surrogate)
-    low, high = lowest - 4, max(tops) + 27
-    return np.linspace(low, high, int(np.ceil((high - low) / step)) + 1)
+    lowest, *tops = _log_f(ends, surrogate)[0]
+    low, high = lowest - 4, max(tops) + 31
+    return np.linspace(low, high, int(np.ceil((high - low) / X_STEPS[surrogate.order != 2])) + 1)
 
 
-def _z_nodes(sigma: float, order: int, step: float) -> tuple[np.ndarray, np.ndarray]:
-    end = np.arcsinh(8.5 * sigma / order)
-    count = 2 * int(np.ceil(end * order / min(step, 1.2 * step * sigma))) + 1
+def _z_nodes(sigma: float, order: int) -> tuple[np.ndarray, np.ndarray]:
+    step, log_step = Z_STEPS[order != 2], LOG_STEPS[order != 2]
+    scale = order * step / log_step
+    end = np.arcsinh(8.5 * sigma / scale)
+    count = 2 * int(np.ceil(end * scale / min(step, 0.4 * sigma))) + 1
     angle = np.linspace(-end, end, count)
-    return order * np.sinh(angle), order * np.cosh(angle) * (angle[1] - angle[0])
+    return scale * np.sinh(angle), scale * np.cosh(angle) * (angle[1] - angle[0])
 
 
 def _polynomial(
@@ -241,78 +245,81 @@ def _polynomial(
 ) -> np.ndarray:
     order = surrogate.order
     assert order is not None
-    x_step, z_step = _steps(surrogate, sigma1)
-    x, y = (_x_nodes(sigma, surrogate, x_step) for sigma in (sigma1, sigma2))
-    u, spacing = _z_nodes(sigma1, order, z_step)
+    x, y = (_x_nodes(sigma, surrogate) for sigma in (sigma1, sigma2))
+    u, spacing = _z_nodes(sigma1, order)
     weight = np.exp(-((u / sigma1) ** 2) / 2) * spacing / sigma1 / np.sqrt(2 * np.pi)
-    one = _rates(_log_f(u, surrogate) - x[:, None])
+    log_f, relative_slope = _log_f(u, surrogate)
+    one = _rates(log_f - x[:, None])
 
     tau = sigma2 * np.sqrt(max(1 - rho**2, 0))
     mean = rho * sigma2 / sigma1 * u
-    v, v_spacing = _z_nodes(sigma2, order, z_step)
+    v, v_spacing = _z_nodes(sigma2, order)
     wide = tau > np.interp(mean, v, v_spacing)
-    two = np.empty((2, y.size, u.size))
+    # 1 - B, B' and B_v.
+    two = np.empty((3, y.size, u.size))
     z, z_weight = hermite_e.hermegauss(14)
-    each = mean[~wide][:, None] + tau * z
-    log_f = _log_f(each, surrogate)
-    for k, part in enumerate(_rates(log_f - y[:, None, None])):
-        two[k][:, ~wide] = part @ (z_weight / z_weight.sum())
+    z_weight = z_weight / z_weight.sum()
+    log_f, relative = _log_f(mean[~wide][:, None] + tau * z, surrogate)
+    shortfall, rate = _rates(log_f - y[:, None, None])
+    two[:, :, ~wide] = shortfall @ z_weight, rate @ z_weight, (rate * relative) @ z_weight
     if wide.any():
         given = np.exp(-(((v[:, None] - mean[wide]) / tau) ** 2) / 2) * v_spacing[:, None]
-        for k, part in enumerate(_rates(_log_f(v, surrogate) - y[:, None])):
-            two[k][:, wide] = part @ given / tau / np.sqrt(2 * np.pi)
+        given /= tau * np.sqrt(2 * np.pi)
+        log_f, relative = _log_f(v, surrogate)
+        shortfall, rate = _rates(log_f - y[:, None])
+        two[:, :, wide] = shortfall @ given, rate @ given, (rate * relative) @ given
     cell = (x[1] - x[0]) * (y[1] - y[0])
-    return _double_sum(*_products(one, (two[0], two[1]), weight), cell, n)
+    f_c = (one[1] * (weight * relative_slope)) @ two[2].T
+    return _double_sum(*_products(one, (two[0], two[1]), weight), f_c, cell, n)
 
 
 # Grids.
 
 
-def _log_f(z: np.ndarray, surrogate: Surrogate) -> np.ndarray:
+def _log_f(z: np.ndarray, surrogate: Surrogate) -> tuple[np.ndarray, np.ndarray]:
+    """`log f` and `f' / f`."""
     assert surrogate.order is not None
     roots = quadratic_factors(surrogate.order)
-    total = np.zeros_like(z)
+    value, slope = np.zeros_like(z), np.zeros_like(z)
     for real, imag in zip(roots.real, roots.imag, strict=True):
-        total += np.log(((z - real) / roots.unit) ** 2 + (imag / roots.unit) ** 2)
-    return total
+        value += np.log(((z - real) / roots.unit) ** 2 + (imag / roots.unit) ** 2)
+        slope += 2 * (z - real) / ((z - real) ** 2 + imag**2)
+    return value, slope
 
 
-def sample(surrogate: Surrogate) -> tuple[np.ndarray, np.ndarray]:
-    """`I / (rho q q')`, `(v, v', s, n)`, and `q^2`, `(v, n)`, at the nodes."""
+def sample(surrogate: Surrogate) -> np.ndarray:
+    """`dI / ds`, `(v, v', s, n)`, at the nodes."""
     of = design(surrogate)
     sigma, s, n = sigmas(of), nodes(of.correlations), numbers_of_classes(of)
-    squares = np.array([covariance(each, 1.0, each, n, surrogate) for each in sigma])
     values = np.empty((sigma.size, sigma.size, s.size, n.size))
     for i in range(sigma.size):
         for j in range(i + 1):
-            for k, each in enumerate(s):
-                rho = correlation(each, sigma[i], sigma[j])
-                whole = covariance(sigma[i], rho, sigma[j], n, surrogate)
-                values[i, j, k] = whole / rho / np.sqrt(squares[i] * squares[j])
-            values[j, i] = values[i, j]
-    return values, squares
+            rho, stretch = correlation(s, sigma[i], sigma[j])
+            for k in range(s.size):
+                each = slope(sigma[i], rho[k], sigma[j], n, surrogate)
+                values[i, j, k] = values[j, i, k] = each * (sigma[i] * sigma[j] * stretch[k])
+    return values
 
 
-def to_coefficients(count: int) -> np.ndarray:
-    matrix = 2 / count * np.cos(np.outer(np.arange(count), np.arccos(nodes(count))))
-    matrix[0] /= 2
-    return matrix
+def pack(surrogate: Surrogate, slopes: np.ndarray) -> dict[str, np.ndarray]:
+    """What `interpolant.grid` reads: a Tucker decomposition, its core in integers.
 
+    Entries of the core are left out up to the errors that the design allows, measured at the nodes
+    and relative to the slope at correlation 1.
 
-def pack(surrogate: Surrogate, values: np.ndarray, squares: np.ndarray) -> dict[str, np.ndarray]:
-    """What `grids.grid` reads: a Tucker decomposition, its core in integers.
-
-    Entries of the core are left out up to the errors that the design allows, measured at the nodes.
-    The coefficients in s are weighted as differentiation weights them, so that the slope keeps its
-    digits.
+    Args:
+      slopes: from `sample`.
     """
     of = design(surrogate)
     sigma, n = sigmas(of), numbers_of_classes(of)
-    ends = np.log(np.sqrt([20.0, 100.0, 1e4, 1e6]))
-    weight = np.exp(-np.interp(np.log(sigma), ends, np.log(of.packing)) / 2)
-    slopes = 1 + np.arange(of.correlations) ** 2
-    by_degree = np.einsum("ds,ijsn->ijdn", to_coefficients(of.correlations), values)
-    weighted = by_degree * weight[:, None, None, None] * weight[:, None, None] * slopes[:, None]
+    by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(of.correlations)[1], slopes)
+    i = np.arange(sigma.size)
+    squares = np.einsum("idn,d->in", by_degree[i, i], _from_zero(np.array([1.0]), of)[0])
+    by_degree /= np.sqrt(squares[:, None, None] * squares[:, None])
+    ends = np.log(np.sqrt(interpolant.VARIANCES))
+    allowed = np.exp(np.interp(np.log(sigma), ends, np.log(of.packing)))
+    weight = 1 / np.sqrt(allowed * np.min(by_degree[i, i].sum(1), 1))
+    weighted = by_degree * weight[:, None, None, None] * weight[:, None, None]
 
     def basis(axis: int) -> np.ndarray:
         unfolded = np.moveaxis(weighted, axis, 0).reshape(weighted.shape[axis], -1)
@@ -337,22 +344,66 @@ def pack(surrogate: Surrogate, values: np.ndarray, squares: np.ndarray) -> dict[
     return {
         "core": np.ascontiguousarray(planes),
         "unit": np.asarray(unit),
-        "variance": to_coefficients(of.variances) @ (bases[0] / weight[:, None]),
-        "correlation": bases[2] / slopes[:, None],
-        "classes": to_coefficients(of.classes) @ bases[3],
-        "scale": to_coefficients(of.variances) @ logarithm @ to_coefficients(of.classes).T,
+        "variance": chebyshev_rule(of.variances)[1] @ (bases[0] / weight[:, None]),
+        "correlation": bases[2],
+        "classes": chebyshev_rule(of.classes)[1] @ bases[3],
+        "scale": chebyshev_rule(of.variances)[1] @ logarithm @ chebyshev_rule(of.classes)[1].T,
         "knee": np.asarray(of.knee),
         "rounding": np.asarray(ROUNDING),
-        "errors": np.array(of.measured),
     }
+
+
+def _from_zero(s: np.ndarray, of: Design) -> np.ndarray:
+    """`int_0^s T_d`, `(s, d)`."""
+    return chebyshev.chebval(s, chebyshev.chebint(np.eye(of.correlations), lbnd=0)).T
+
+
+def measure(surrogate: Surrogate, given: interpolant.Grid) -> np.ndarray:
+    """Twice the largest errors found off the nodes: `Grid.errors`."""
+    of = design(surrogate)
+    rng = np.random.default_rng(0)
+    n = np.array([[2.0, 3.0, 5.0], [10.0, 100.0, 1000.0], [1e4, 1e5, 9e5]])
+    at = chebyshev.chebvander(interpolant.class_coordinate(n.ravel()), of.classes - 1)
+    s, weight = np.polynomial.legendre.leggauss(16)
+    s, weight = np.append(s - 1, s + 1) / 2, np.append(-weight, weight) / 2
+    degrees = chebyshev.chebvander(np.append(s, 1.0), of.correlations - 1) @ given.correlation
+    whole = np.sqrt(interpolant.LARGEST_VARIANCE) / (
+        np.sqrt(interpolant.LARGEST_VARIANCE) + of.knee
+    )
+
+    def rows(sigma: float) -> tuple[np.ndarray, np.ndarray]:
+        v = sigma / (sigma + of.knee)
+        (basis,) = chebyshev.chebvander(2 * v / whole - 1, of.variances - 1)
+        return basis @ given.variance, np.exp(basis @ given.scale @ at.T) * v
+
+    def errors(sigma1: float, sigma2: float) -> np.ndarray:
+        (one, q1), (two, q2) = rows(sigma1), rows(sigma2)
+        core = np.einsum("a,abcd,b->cd", one, given.core, two, optimize=True)
+        *found, last = degrees @ core @ (at @ given.classes).T
+        rho, stretch = correlation(s, sigma1, sigma2)
+        exact = np.array([slope(sigma1, r, sigma2, n.ravel(), surrogate) for r in rho])
+        wrong = found - exact * (sigma1 * sigma2 * stretch[:, None]) / (q1 * q2 / n.ravel())
+        halves = np.abs((weight[:, None] * wrong).reshape(2, -1, n.size).sum(1))
+        each = np.max(halves, 0), np.max(np.abs(wrong), 0) / last
+        return np.max(np.reshape(each, (2, *n.shape)), 2).T
+
+    found = np.zeros((len(n), 2, len(interpolant.VARIANCES)))
+    for k, top in enumerate(interpolant.VARIANCES):
+        low = np.log(interpolant.VARIANCES[k - 1] if k else 1e-3) / 2
+        for equal in (True, False) * 6:
+            sigma1 = np.exp(rng.uniform(low, np.log(top) / 2))
+            sigma2 = sigma1 if equal else np.exp(rng.uniform(np.log(0.03), np.log(sigma1)))
+            found[:, :, k] = np.maximum(found[:, :, k], errors(sigma1, sigma2))
+    return 2 * np.maximum.accumulate(found, 2)
 
 
 def main(arguments: list[str]) -> None:
     for each in arguments or ["softmax", *map(str, range(2, 34, 2))]:
         surrogate = parse(None if each == "softmax" else int(each))
-        arrays: Any = pack(surrogate, *sample(surrogate))
-        np.savez_compressed(TARGET / grids.name(surrogate), **arrays)
-        print(f"{grids.name(surrogate)} written", flush=True)
+        arrays: Any = pack(surrogate, sample(surrogate))
+        errors = measure(surrogate, interpolant.unpack({**arrays, "errors": np.zeros((3, 2, 4))}))
+        np.savez_compressed(TARGET / interpolant.name(surrogate), **arrays, errors=errors)
+        print(f"{interpolant.name(surrogate)} written", flush=True)
 
 
 if __name__ == "__main__":

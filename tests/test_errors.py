@@ -24,13 +24,15 @@ def test_promises_weaken_with_the_variance():
 
 
 def test_look_up_at_the_edges():
-    value, slope = errors.beyond(parse(None))
-    assert errors.promised(value, 100.0) == 2e-5
+    value, slope = errors.class_axis(parse(None), 10)
+    assert errors.promised(value, 100.0) == 3e-6
     assert errors.promised(value, 100.1) == 1e-4
-    assert errors.promised(slope, 1e4, np.float32) == 2e-2
-    assert errors.promised(errors.CLASS_AXIS_CLOSED_FORM, 20.0) == 1e-7
-    with pytest.raises(KeyError, match=r"Nothing is promised of .*orders 4 to 32.* at variance"):
-        errors.promised(errors.beyond(parse(4))[1], 1.1e4)
+    assert errors.promised(slope, 1e4, np.float32) == 1e-3
+    assert errors.class_axis(parse(None), 1001) != (value, slope)
+    few, many = (errors.class_axis(parse(4), n) for n in (9, 10))
+    assert few != many
+    with pytest.raises(KeyError, match=r"Nothing is promised of .*orders 4 to 8.* at variance"):
+        errors.promised(many[1], 1.1e6)
 
 
 def test_the_docs_show_this_table():

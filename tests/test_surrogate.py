@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from numpy.polynomial import hermite_e
 
 from taylor_softmax._numerics import surrogate
 from taylor_softmax._numerics.surrogate import parse
@@ -329,119 +328,6 @@ def exact_mean(variance: float, order: int | None):
 
 
 X = np.array([-8.0, -4.5, -3.3, -2.0, -1.0, -0.4, 0.0, 0.1, 0.9, 2.2, 3.7, 5.0, 8.0])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("variance", [1e-6, 0.3, 1.0, 4.0, 25.0])
-def test_normalised_is_its_definition(variance, order, dtype):
-    x, variance = X.astype(dtype), dtype(variance)
-    value, slope = parse(order).normalised(jnp.asarray(x), jnp.asarray(variance))
-    assert value.dtype == slope.dtype == dtype
-    with mpmath.workdps(DIGITS):
-        mean = exact_mean(float(variance), order)
-        z = [mpmath.sqrt(float(variance)) * float(t) for t in x]
-        want = np.array([taylor(t, order) / mean for t in z])
-        want_slope = np.array([taylor_slope(t, order) / mean for t in z])
-        # f' vanishes somewhere, f does not; and z itself is rounded, which moves f by z f' eps.
-        size = np.array(
-            [abs(f) + (1 + abs(t)) * abs(s) for f, s, t in zip(want, want_slope, z, strict=True)]
-        )
-    allowed = (roundings(order) + 2 * float(variance)) * np.finfo(dtype).eps
-    assert_within(value, want, allowed, size)
-    assert_within(slope, want_slope, 2 * allowed, size)
-
-
-@pytest.mark.parametrize("order", [2, 4, 8, 16, 32])
-@pytest.mark.parametrize("variance", [1e-3, 1.0, 10.0, 1e3])
-def test_normalised_has_mean_one(variance, order):
-    """By Gauss-Hermite quadrature, exact for polynomials of the order."""
-    x, weight = hermite_e.hermegauss(order // 2 + 1)
-    weight /= weight.sum()
-    value, slope = parse(order).normalised(jnp.asarray(x), jnp.asarray(variance))
-    np.testing.assert_allclose(value @ weight, 1, rtol=1e-13)
-    # E[f_m'] = e_{m/2-1}(variance / 2) is the mean of the order below.
-    want = float(exact_mean(variance, order - 2) / exact_mean(variance, order))
-    np.testing.assert_allclose(slope @ weight, want, rtol=1e-12)
-    # Negative control: under another normal it has another mean.
-    other, _ = parse(order).normalised(jnp.asarray(1.001 * x), jnp.asarray(variance))
-    assert abs(float(other @ weight) - 1) > 9e-7
-
-
-def test_normalised_exp_has_mean_one():
-    x, weight = hermite_e.hermegauss(80)
-    weight /= weight.sum()
-    for variance in (1e-3, 1.0, 4.0):
-        value, slope = parse(None).normalised(jnp.asarray(x), jnp.asarray(variance))
-        np.testing.assert_allclose(value @ weight, 1, rtol=1e-12)
-        np.testing.assert_array_equal(value, slope)
-
-
-@pytest.mark.parametrize("variance", [0.5, 40.0])
-@pytest.mark.parametrize("order", [2, 8, 32, None])
-def test_slope_of_normalised_is_the_derivative(order, variance):
-    sigma = np.sqrt(variance)
-    x = jnp.asarray(X[2:-2])
-    _, slope = parse(order).normalised(x, jnp.asarray(variance))
-
-    def value(t):
-        return parse(order).normalised(t, jnp.asarray(variance))[0]
-
-    derivative = jax.vmap(jax.grad(value))(x) / sigma
-    largest = float(jnp.abs(slope).max())
-    np.testing.assert_allclose(derivative, slope, rtol=1e-12, atol=1e-15 * largest)
-
-
-@pytest.mark.parametrize("order", [2, 4, 16, None])
-@pytest.mark.parametrize("variance", [0.7, 30.0])
-def test_gradient_in_the_variance(variance, order):
-    """The scale depends on the variance and must not show: tables and kernels differentiate it."""
-    x = X[3:-2]
-    got = jax.jacobian(lambda v: parse(order).normalised(jnp.asarray(x), v))(jnp.asarray(variance))
-    with mpmath.workdps(DIGITS):
-        for f, derivative in zip((taylor, taylor_slope), got, strict=True):
-            want = np.array(
-                [
-                    mpmath.diff(
-                        lambda v, f=f, t=t: f(mpmath.sqrt(v) * t, order) / exact_mean(v, order),
-                        variance,
-                    )
-                    for t in map(float, x)
-                ]
-            )
-            largest = np.array([max(abs(want))] * len(x))
-            assert_within(derivative, want, 100 * np.finfo(float).eps, largest)
-
-
-@pytest.mark.parametrize("order", [*range(2, 13, 2), 16, 20, 24, 28, 32, None])
-def test_normalised_in_float32_at_a_huge_variance(order):
-    x = np.linspace(-8, 8, 129).astype(np.float32)
-    variance = jnp.asarray(1e3, jnp.float32)
-    value, slope = parse(order).normalised(jnp.asarray(x), variance)
-    assert value.dtype == slope.dtype == np.float32
-    assert np.isfinite(value).all()
-    assert np.isfinite(slope).all()
-    if order in (2, 16, 32, None):  # compiling them takes long
-        gradient = jax.jit(jax.jacobian(lambda v: parse(order).normalised(jnp.asarray(x), v)))
-        assert all(np.isfinite(g).all() for g in gradient(variance))
-    if order is not None:
-        # Beside the largest value the smallest may underflow, and nothing may turn negative.
-        assert (np.asarray(value) >= 0).all()
-        with mpmath.workdps(DIGITS):
-            mean = exact_mean(1e3, order)
-            z = [mpmath.sqrt(1000) * float(t) for t in x]
-            want = np.array([taylor(t, order) / mean for t in z])
-            # Where f is flat or steep the rounding of z decides; the largest value bounds both.
-            size = np.array([max(w, mpmath.mpf(1e-6)) for w in want])
-        assert_within(value, want, 20 * roundings(order) * np.finfo(np.float32).eps, size)
-
-
-def test_without_the_scale_float32_overflows():
-    """Negative control of the test above."""
-    sigma, x, one = jnp.float32(1e3) ** 0.5, jnp.float32(8), jnp.float32(1)
-    assert not np.isfinite(parse(32)._scaled(sigma * x, one))
-    value, _ = parse(32).normalised(x, sigma**2)
-    assert np.isfinite(value)
 
 
 # The logarithm

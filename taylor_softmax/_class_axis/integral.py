@@ -9,12 +9,16 @@ per pair of inputs,
 and `1 / D = int_0^inf exp(-t D) dt` for both normalisers gives it without approximation. With
 `t = e^-x`, `s = e^-y` and `F(x, y) = E[exp(-e^-x f(u) - e^-y f(v))]`
 
-    I = int int (F_xy F - F_x F_y) F^(n-2) dx dy
+    I = int int (F_xy F - F_x F_y) F^(n-2) dx dy,
+    dI / dc = n int int F_c (2 F_xy F + (n - 2) F_x F_y) F^(n-3) dx dy
 
 over the plane, in which no surrogate and no variance sets a scale: the trapezoidal rule converges
-exponentially in both directions. With `X ~ N(0, 1)`, `A(x; X) = exp(-e^-x f(sqrt(a) X))` and
+exponentially in both directions. The second line is the derivative of the first after integration
+by parts, which takes x and y off `F_c`; for softmax, where `F_c = F_xy`, all of its terms are
+positive. With `X ~ N(0, 1)`, `A(x; X) = exp(-e^-x f(sqrt(a) X))` and
 `B(y; X) = E[exp(-e^-y f(v)) | X]` all four factors are products of matrices over nodes in `X`:
-`F = E[A B]`, `F_x = E[A' B]`, `F_y = E[A B']`, `F_xy = E[A' B']`.
+`F = E[A B]`, `F_x = E[A' B]`, `F_y = E[A B']`, `F_xy = E[A' B']`, and, by Price's theorem,
+`F_c = E[A_u B_v]` with `A_u = -(f' / f)(u) A'`.
 
 Two rules place the nodes. `_product_rule` resolves `f` itself, and is for the polynomials at any
 variance and for softmax at small ones. `_graded_rule` is for softmax at large variances, where `F`
@@ -24,7 +28,7 @@ line. At order 2 the integrand is elementary, and emitted by SymPy.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +46,11 @@ _REACH = 8.5
 # The largest standard deviation whose structure the product rule is given the nodes to resolve.
 _LARGEST_SIGMA = 1000.0
 
-# Steps of the product rule in x and in z (where f is steepest). `exp(-e^-x f)` is analytic in a
-# strip of half-width pi / 2 in x and in log f: 2e-7 or better, measured against steps of 0.3 at
-# variances 1e-3 to 1e6, orders 4 to 32, n = 2 to 1e6; steps of 0.6 and 0.75 leave 5e-6.
-_X_STEP, _Z_STEP = 0.5, 0.6
+# Steps of the product rule: in x and in log f, in which `exp(-e^-x f)` is analytic in a strip of
+# half-width pi / 2, and in z, where the roots of f are closest to the axis, to which two classes
+# are sensitive. 1e-6 or better, measured against two thirds of them at variances 1e-4 to 1e6,
+# orders 4 to 32, n = 2 to 1e6.
+_X_STEP, _LOG_STEP, _Z_STEP = 0.42, 0.6, 0.32
 
 # Beyond these the integrand is below 1e-12 of its largest value: the lower end since `A` falls like
 # exp(-e^-x), the upper one, for up to 1e6 classes, since it is n^2 e^-2x there.
@@ -55,7 +60,7 @@ _BELOW, _ABOVE = 4.0, 27.0
 _GRADED_FROM = 2.0
 
 # Nodes of the graded rule in x, in y - rho sigma_b x / sigma_a, and in X.
-_GRADED_NODES = 121, 141, 121
+_GRADED_NODES = 161, 141, 121
 
 # Below this variance the covariance is integrated from its slope, which is a mean of products of
 # derivatives, while the covariance itself is a difference of terms 1 / variance as large.
@@ -73,8 +78,9 @@ def pair(
     """
     eps = float(jnp.finfo(var1.dtype).eps)
     shift = 1e-9 if eps < 1e-12 else 1e-5
-    limit = lax.stop_gradient(jnp.sqrt(var1) * jnp.sqrt(var2))
-    cov12 = jnp.clip(cov12, -limit, limit)
+    limit = jnp.sqrt(var1) * jnp.sqrt(var2)
+    # Not the clipped number itself, whose derivative ends at the limit.
+    cov12 = cov12 + lax.stop_gradient(jnp.clip(cov12, -limit, limit) - cov12)
     var1, var2 = (v * (1 + 8 * eps) + shift for v in (var1, var2))
     if surrogate.has_closed_form:
         quotient, slope = _elementary(var1, cov12, var2, n_classes, surrogate)
@@ -85,20 +91,17 @@ def pair(
     product = functools.partial(_product_rule, n_classes=n_classes, surrogate=surrogate)
     graded = functools.partial(_graded_rule, n_classes=n_classes)
 
-    def value(cov12: Array) -> Array:
+    def both(cov12: Array) -> tuple[Array, Array]:
         if surrogate.order is not None:
             return product(var1, cov12, var2)
         return lax.cond(var1 > _GRADED_FROM, graded, product, var1, cov12, var2)
 
-    def with_slope(cov12: Array) -> tuple[Array, Array]:
-        return jax.jvp(value, (cov12,), (jnp.ones_like(cov12),))
-
-    def small() -> tuple[Array, Array]:
+    def small(cov12: Array) -> tuple[Array, Array]:
         # Two Gauss-Legendre nodes on [0, c], where I is a polynomial of low degree in c.
-        slopes = lax.map(lambda share: with_slope(share * cov12)[1], _gauss_and_end(cov12))
+        slopes = lax.map(lambda share: both(share * cov12)[1], _gauss_and_end(cov12))
         return cov12 * (slopes[0] + slopes[1]) / 2, slopes[2]
 
-    return lax.cond(var2 < _SMALL_VARIANCE, small, lambda: with_slope(cov12))
+    return lax.cond(var2 < _SMALL_VARIANCE, small, both, cov12)
 
 
 def _gauss_and_end(like: Array) -> Array:
@@ -136,22 +139,34 @@ def _x_nodes(variance: Array, surrogate: Surrogate, step: float) -> tuple[Array,
     return low + (high - low) * unit, (high - low) / (count - 1)
 
 
+def _z_scale(surrogate: Surrogate) -> float:
+    """`w` of nodes `w sinh(h k)` in the logit.
+
+    The slope of `log f` is at most about `min(1, m / |z|)`, `m` the order: so spaced they have
+    equal steps in `log f` where these matter.
+    """
+    return (surrogate.order or 64) * _Z_STEP / _LOG_STEP
+
+
 def _z_nodes(variance: Array, surrogate: Surrogate) -> tuple[Array, Array]:
     """Nodes in the logit `z` and the distance `dz` that each stands for.
 
-    The slope of `log f` is at most about `min(1, m / |z|)`, `m` the order, so that
-    `z = m sinh(h k)` has equal steps in `log f` where they matter, and they are at most 0.7
-    standard deviations where the variance is small.
+    At most 0.4 standard deviations apart where the variance is small.
     """
-    order = surrogate.order or 64
+    scale = _z_scale(surrogate)
     largest = _LARGEST_SIGMA if surrogate.order is not None else 1.1 * math.sqrt(_GRADED_FROM)
     count = max(
-        math.ceil(2 * math.asinh(_REACH * largest / order) * order / _Z_STEP),
-        math.ceil(2 * _REACH / 0.7),
+        math.ceil(2 * math.asinh(_REACH * largest / scale) * scale / _Z_STEP),
+        math.ceil(2 * _REACH / 0.4),
     )
-    end = jnp.arcsinh(_REACH * jnp.sqrt(variance) / order)
+    end = jnp.arcsinh(_REACH * jnp.sqrt(variance) / scale)
     angle = end * jnp.asarray(np.linspace(-1, 1, count + 1), variance.dtype)
-    return order * jnp.sinh(angle), order * jnp.cosh(angle) * (2 * end / count)
+    return scale * jnp.sinh(angle), scale * jnp.cosh(angle) * (2 * end / count)
+
+
+def _log_f(z: Array, surrogate: Surrogate) -> tuple[Array, Array]:
+    """`log f` and its slope."""
+    return jax.jvp(surrogate.log_value, (z,), (jnp.ones_like(z),))
 
 
 def _factors(log_f: Array, x: Array) -> tuple[Array, Array]:
@@ -163,20 +178,22 @@ def _factors(log_f: Array, x: Array) -> tuple[Array, Array]:
 
 def _product_rule(
     var1: Array, cov12: Array, var2: Array, *, n_classes: int, surrogate: Surrogate
-) -> Array:
+) -> tuple[Array, Array]:
     (x, x_step), (y, y_step) = (_x_nodes(v, surrogate, _X_STEP) for v in (var1, var2))
     z, spacing = _z_nodes(var1, surrogate)
     sigma = jnp.sqrt(var1)
     density = jnp.exp(-((z / sigma) ** 2) / 2) * spacing / (sigma * math.sqrt(2 * math.pi))
-    one = _factors(surrogate.log_value(z), x[:, None])
-    two = _given(z, var1, cov12, var2, y, surrogate)
-    return _assemble(one, two, density, x_step * y_step, n_classes)
+    log_f, log_slope = _log_f(z, surrogate)
+    one = _factors(log_f, x[:, None])
+    *two, slope2 = _given(z, var1, cov12, var2, y, surrogate)
+    f_c = matmul(one[1] * (density * log_slope), slope2.T)
+    return _assemble(one, two, density, f_c, x_step * y_step, n_classes)
 
 
 def _given(
     u: Array, var1: Array, cov12: Array, var2: Array, y: Array, surrogate: Surrogate
-) -> tuple[Array, Array]:
-    """`1 - B` and `B'`, `(y, u)`: expectations over `v` given `u`.
+) -> tuple[Array, Array, Array]:
+    """`1 - B`, `B'` and `-B_v`, `(y, u)`: expectations over `v` given `u`.
 
     Where the distribution of `v` is wide, over nodes in `v` that resolve `f`; where it is narrow
     beside their distance, `log f` hardly curves over it, and Gauss-Hermite does.
@@ -187,35 +204,40 @@ def _given(
     v, spacing = _z_nodes(var2, surrogate)
     end = spacing.size // 2
     # The distance of nodes at `mean`, by what sinh and cosh have to do with each other.
-    here = spacing[end] * jnp.sqrt(1 + (mean / (surrogate.order or 64)) ** 2)
+    here = spacing[end] * jnp.sqrt(1 + (mean / _z_scale(surrogate)) ** 2)
     safe = jnp.where(tau > here, tau, here)
     wide = jnp.exp(-(((v[:, None] - mean) / safe) ** 2) / 2) * spacing[:, None]
     wide = wide / (safe * math.sqrt(2 * math.pi))
-    by_nodes = (matmul(f, wide) for f in _factors(surrogate.log_value(v), y[:, None]))
+    log_f, log_slope = _log_f(v, surrogate)
+    shortfall, rate = _factors(log_f, y[:, None])
+    by_nodes = [matmul(f, wide) for f in (shortfall, rate, rate * log_slope)]
 
-    def narrow(total: tuple[Array, Array], rule: Array) -> tuple[tuple[Array, Array], None]:
-        each = _factors(surrogate.log_value(mean + tau * rule[0]), y[:, None])
-        return (total[0] + rule[1] * each[0], total[1] + rule[1] * each[1]), None
+    def narrow(total: list[Array], rule: Array) -> tuple[list[Array], None]:
+        log_f, log_slope = _log_f(mean + tau * rule[0], surrogate)
+        shortfall, rate = _factors(log_f, y[:, None])
+        each = shortfall, rate, rate * log_slope
+        return [t + rule[1] * f for t, f in zip(total, each, strict=True)], None
 
     node, weight = np.polynomial.hermite_e.hermegauss(14)
     zero = jnp.zeros((y.size, u.size), u.dtype)
     rule = jnp.asarray(np.stack([node, weight / weight.sum()], 1), u.dtype)
-    by_gauss, _ = lax.scan(narrow, (zero, zero), rule)
-    shortfall, slope = (
+    by_gauss, _ = lax.scan(narrow, [zero] * 3, rule)
+    shortfall, rate, slope = (
         jnp.where(tau > here, first, second)
         for first, second in zip(by_nodes, by_gauss, strict=True)
     )
-    return shortfall, slope
+    return shortfall, rate, slope
 
 
 def _assemble(
-    one: tuple[Array, Array],
-    two: tuple[Array, Array],
+    one: Sequence[Array],
+    two: Sequence[Array],
     density: Array,
+    f_c: Array,
     cell: Array,
     n_classes: int,
-) -> Array:
-    """The double sum, from `(1 - A, A')`, `(x, X)`, and `(1 - B, B')`, `(y, X)`."""
+) -> tuple[Array, Array]:
+    """The double sums, from `(1 - A, A')`, `(x, X)`, and `(1 - B, B')`, `(y, X)`."""
     shortfall1, slope1 = one[0] * density, one[1] * density
     value1 = (1 - one[0]) * density
     shortfall2, slope2 = two[0].T, two[1].T
@@ -223,21 +245,32 @@ def _assemble(
     missing = jnp.sum(shortfall1, 1, keepdims=True) + matmul(value1, shortfall2)
     f = matmul(value1, value2)
     f_x, f_y = matmul(slope1, value2), matmul(value1, slope2)
-    return _double_sum(f, missing, f_x, f_y, matmul(slope1, slope2), cell, n_classes)
+    return _double_sums(f, missing, f_x, f_y, matmul(slope1, slope2), f_c, cell, n_classes)
 
 
-def _double_sum(
-    f: Array, missing: Array, f_x: Array, f_y: Array, f_xy: Array, cell: Array, n_classes: int
-) -> Array:
-    """`sum (F_xy F - F_x F_y) F^(n-2) cell`, with `missing = 1 - F` to its own precision."""
+def _double_sums(
+    f: Array,
+    missing: Array,
+    f_x: Array,
+    f_y: Array,
+    f_xy: Array,
+    f_c: Array,
+    cell: Array,
+    n_classes: int,
+) -> tuple[Array, Array]:
+    """`I` and `dI / dc`, with `missing = 1 - F` to its own precision."""
     near_one = missing < 0.5
-    tiny = jnp.finfo(f.dtype).tiny
+    # Below this, rounding of F, where the integrands are negligible.
+    f = jnp.maximum(f, jnp.finfo(f.dtype).eps)
     log_f = jnp.where(
         near_one,
         jnp.log1p(-jnp.where(near_one, missing, 0)),
-        jnp.log(jnp.maximum(jnp.where(near_one, 1, f), tiny)),
+        jnp.log(jnp.where(near_one, 1, f)),
     )
-    return jnp.sum((f_xy * f - f_x * f_y) * jnp.exp((n_classes - 2) * log_f) * cell)
+    weight = jnp.exp((n_classes - 2) * log_f) * cell
+    value = jnp.sum((f_xy * f - f_x * f_y) * weight)
+    slope = jnp.sum(f_c * (2 * f_xy + (n_classes - 2) * (f_x / f * f_y)) * weight)
+    return value, n_classes * slope
 
 
 def _sinh_nodes(count: int, scale: Array, reach: Array) -> tuple[Array, Array]:
@@ -247,7 +280,7 @@ def _sinh_nodes(count: int, scale: Array, reach: Array) -> tuple[Array, Array]:
     return scale * jnp.sinh(angle), scale * jnp.cosh(angle) * (2 * end / (count - 1))
 
 
-def _graded_rule(var1: Array, cov12: Array, var2: Array, *, n_classes: int) -> Array:
+def _graded_rule(var1: Array, cov12: Array, var2: Array, *, n_classes: int) -> tuple[Array, Array]:
     """Softmax, `var1 >= var2`, `var1` not small.
 
     In `x = sigma_a xi`, `y = (c / a) x + d` and `X = xi - e`, `A` depends on `e` alone and `B` on
@@ -285,7 +318,7 @@ def _graded_rule(var1: Array, cov12: Array, var2: Array, *, n_classes: int) -> A
     f_y = jnp.where(mend, margin_slope - matmul(missing1, slope2.T), f_y)
     mended_x = jnp.sum(slope1, 1, keepdims=True) - matmul(slope1, shortfall2.T)
     f_x = jnp.where(mend, mended_x, f_x)
-    return _double_sum(f, missing, f_x, f_y, f_xy, cell, n_classes)
+    return _double_sums(f, missing, f_x, f_y, f_xy, f_xy, cell, n_classes)
 
 
 def _smoothed_gumbel(w: Array, variance: Array) -> tuple[Array, Array]:

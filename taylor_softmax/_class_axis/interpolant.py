@@ -1,210 +1,481 @@
-"""Chebyshev interpolation of the class covariance, for matrices with more entries than nodes.
+"""Interpolation of the class covariance between samples that come with the package.
 
-`I / c` and `dI / dc` are smooth in the two variances and the correlation. Their interpolants are
-built, inside `jit`, over the range of variances that came; evaluating one takes a few hundred
-multiplications per entry instead of a double integral. Where they are not good enough, their own
-last coefficients say so.
+For variances from 0 to 1e6, 2 to 1e6 classes, and one pair of inputs or ten million.
+
+As a function of `rho = c / sqrt(a b)` the covariance has root-like kinks at +-1, which the noise of
+the outputs rounds off over 1 / variance; they are regular in the coordinate
+
+    s = t / t_1,  t = x / (1 + sqrt(1 - x^2)),  x = c / sqrt((a + k)(b + k)),  t_1 = t at rho = 1,
+
+the tangent of half the angle whose sine is x, which costs two roots and no arcsine. In
+`v = sigma / (sigma + w)` the variances from 0 to 1e6 are an interval. Sampled is the slope,
+`dI / ds`, which quadrature gives without cancellation (`integral`): with `q(a)^2 = I(a, a, a)`, the
+integral of it from 0 to 1, the quotient
+
+    K = (dI / ds) / (q(a) q(b)),   and   G = int_0^s K / s
+
+are of order 1 at every variance, `dI / dc = q q' (ds / dc) K` and `I = q q' s G`. A value
+integrated from slopes is better than they are; a slope differentiated from values would lose a
+factor of the degree squared.
+
+What quadrature gives at the nodes of a grid in v, v', s and the number of classes comes with the
+package (`derivations` writes it). Here it is put together for one number of classes and a range of
+variances, once per process, with NumPy: for every degree in s the coefficients are a symmetric
+matrix in the two variances of low rank, so that
+
+    K = sum_d T_d(s) sum_r +-f_dr(v) f_dr(v'),
+
+and G likewise, cut off where the error, measured on the grid, reaches the tolerance. They have
+terms of their own: G needs half as many, and XLA on a CPU puts value and slope in separate loops,
+so that shared terms would be summed twice.
 """
 
 import functools
+import importlib.resources
+import math
 import operator
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from numpy.polynomial import chebyshev
 
-from taylor_softmax._class_axis import mehler
-from taylor_softmax._numerics import quadrature
-from taylor_softmax._numerics.precision import einsum
+from taylor_softmax._numerics.precision import einsum, matmul
+from taylor_softmax._numerics.quadrature import chebyshev_rule
 from taylor_softmax._numerics.surrogate import Surrogate
 
-# The standard deviations enter as log(1 + sigma / knee): I / c is analytic in both at 0 (at a given
-# correlation, so not in the variances) and turns into powers of them from about here on.
-_KNEE = 0.5
+# Numbers of classes that the shipped grids span, and the largest variance: beyond it the kernel is
+# that of its limit (of argmax, for softmax) to 2e-3 of its value at correlation 1.
+LARGEST_N_CLASSES = 1_000_000
+LARGEST_VARIANCE = 1e6
 
-# Smallest half-width of the range in that variable. All variances equal would make it 0, and the
-# derivative in the variance needs a range.
-_LEAST_HALF_WIDTH = 0.01
+# Up to this variance half of the terms do: most data are within it.
+NEAR = 100.0
 
+# A slope that may be wrong by this much, relative to that at correlation 1, is NaN instead.
+WORST_SLOPE = 0.1
 
-class Shape(NamedTuple):
-    """Of a table, and the half-width of the range of variances that it is meant for."""
+# Up to which errors are told apart: variances, and numbers of classes.
+VARIANCES = 20.0, NEAR, 1e4, LARGEST_VARIANCE
+GROUPS = 9, 1000, LARGEST_N_CLASSES
 
-    variances: int
-    correlations: int
-    half_width: float
+# What rows of factors may take of a core's cache.
+_CACHED_BYTES = 1 << 21
 
-
-def shapes(n_classes: int) -> tuple[Shape, ...]:
-    """The tables to try in turn, those meant for a range as wide as the data's and larger ones.
-
-    Measured, nodes in each variance for the tolerances below at n = 2 to 1000: order 2, order 8
-    and softmax 4, 4 and 4 for equal variances, 13, 19 (14 from n = 10) and 14 for a factor 10, 24,
-    30 (22) and 22 for six decades up to 4, 30, 27 and 30 from 0 to 20. In the correlation: for
-    variances up to 4: 37 at n = 2, 31 at n = 3, 21 from n = 10; up to 20: 63, 58, 39.
-    """
-    degrees = ((3, (38, 60)), (10, (32, 50)))
-    few, many = next((nodes for limit, nodes in degrees if n_classes < limit), (21, 32))
-    return (
-        Shape(5, few, 1.1 * _LEAST_HALF_WIDTH),
-        Shape(14, few, 0.42),
-        Shape(24, few, 0.85),
-        Shape(30, many, np.inf),
-    )
+# Nodes per variance on which terms are found and errors measured.
+_NODES = 36
 
 
-def tolerance(largest: Array, surrogate: Surrogate) -> Array:
-    """The estimated error up to which a table serves: below that of the rule that it samples.
-
-    Args:
-      largest: of the variances.
-    """
-    if jnp.finfo(largest.dtype).bits < 64:
-        # Rounding alone makes the estimate up to 3e-5 (n = 2, variances over six decades).
-        return jnp.asarray(5e-5, largest.dtype)
-    if surrogate.has_closed_form:
-        return jnp.asarray(5e-8, largest.dtype)
-    return jnp.where(largest <= 4.1, 5e-7, 2e-5).astype(largest.dtype)
-
-
-class Table(NamedTuple):
-    """Interpolants of `I / c` and of `dI / dc`.
-
-    Each has its own samples: the derivative of an interpolant of degree `k` would amplify the
-    rounding of the first by up to `k^2`, in float32 to 6e-4 (measured).
+class Grid(NamedTuple):
+    """What the package ships for one surrogate; everything in Chebyshev coefficients.
 
     Attributes:
-      middle, half_width: of the range in `log(1 + sigma / knee)`.
-      coefficients: Chebyshev coefficients, `(2, correlation, variance, variance)`.
-      error: estimate of the error of `I` and `dI / dc`, relative to their values at correlation 1.
+      core: `(R, R, S, N)`, symmetric in the first two axes.
+      variance: `(degrees in v, R)`, factors of the first two axes of `core`.
+      correlation: `(degrees in s, S)`.
+      classes: `(degrees in the number of classes, N)`.
+      scale: `log(q (sigma + w) sqrt(n) / sigma)`, `(degrees in v, degrees in n)`.
+      knee: `w`.
+      rounding: `k`.
+      errors: of value and slope, relative to those at correlation 1, for numbers of classes up to
+        each of `GROUPS` and variances up to each of `VARIANCES`, `(3, 2, 4)`: twice the largest
+        found off the nodes when the grid was made.
     """
 
-    middle: Array
-    half_width: Array
-    coefficients: Array
-    error: Array
+    core: np.ndarray
+    variance: np.ndarray
+    correlation: np.ndarray
+    classes: np.ndarray
+    scale: np.ndarray
+    knee: float
+    rounding: float
+    errors: np.ndarray
 
-    def basis(self, variance: Array) -> Array:
-        """Chebyshev polynomials at `variance`, shape `(*variance.shape, n_nodes)`."""
-        x = (_coordinate(variance) - self.middle) / self.half_width
-        polynomials = [jnp.ones_like(x), x]
-        while len(polynomials) < self.coefficients.shape[-1]:
-            polynomials.append(2 * x * polynomials[-1] - polynomials[-2])
-        return jnp.stack(polynomials, -1)
 
-    def rows(self, variance: Array) -> Array:
-        """Coefficients with `variance` put in, `(2, *variance.shape, correlation, n_nodes)`."""
-        return einsum(
-            "...i,qkij->q...kj",
-            self.basis(variance),
-            self.coefficients,
+class ProductSum(NamedTuple):
+    """A sum of products, for value or slope.
+
+    Attributes:
+      ranks: number of terms of each degree in s.
+      signs: of the terms, `(degrees in s, largest rank)`; 0 where there is none.
+      factors: Chebyshev coefficients in v, `(degrees in s, largest rank, degrees in v)`.
+    """
+
+    ranks: tuple[int, ...]
+    signs: np.ndarray
+    factors: np.ndarray
+
+
+class Level(NamedTuple):
+    """Interpolants for one number of classes, with what they need of the grid.
+
+    Attributes:
+      value, slope: their terms.
+      scale: Chebyshev coefficients of `log(q (sigma + w) sqrt(n) / sigma)` in v.
+      largest: variance.
+      slopes_to: largest variance at which slopes are known to `WORST_SLOPE`.
+      knee, rounding: as in `Grid`.
+    """
+
+    value: ProductSum
+    slope: ProductSum
+    scale: np.ndarray
+    largest: float
+    slopes_to: float
+    knee: float
+    rounding: float
+
+
+def name(surrogate: Surrogate) -> str:
+    """Of the file that holds the grid of `surrogate`."""
+    order = surrogate.order
+    return "class_axis_softmax.npz" if order is None else f"class_axis_order_{order}.npz"
+
+
+def class_coordinate(n: Any) -> Any:
+    """In [-1, 1] for 2 to `LARGEST_N_CLASSES` classes."""
+    low, high = (np.log(np.log(each) + 0.5) for each in (2, LARGEST_N_CLASSES))
+    return 2 * (np.log(np.log(n) + 0.5) - low) / (high - low) - 1
+
+
+@functools.cache
+def grid(surrogate: Surrogate) -> Grid:
+    file = importlib.resources.files("taylor_softmax._generated") / name(surrogate)
+    with file.open("rb") as stream, np.load(stream) as stored:
+        return unpack(stored)
+
+
+def unpack(stored: Mapping[str, np.ndarray]) -> Grid:
+    n_variance, n_correlation = stored["variance"].shape[1], stored["correlation"].shape[1]
+    n_classes = stored["classes"].shape[1]
+    # Bytes by significance: the high ones compress to nothing.
+    planes = np.ascontiguousarray(stored["core"].T)
+    half = planes.view(np.int64).reshape(-1, n_correlation, n_classes) * stored["unit"]
+    rows, columns = np.triu_indices(n_variance)
+    core = np.zeros((n_variance, n_variance, n_correlation, n_classes))
+    core[rows, columns] = core[columns, rows] = half
+    return Grid(
+        core,
+        stored["variance"],
+        stored["correlation"],
+        stored["classes"],
+        stored["scale"],
+        float(stored["knee"]),
+        float(stored["rounding"]),
+        stored["errors"],
+    )
+
+
+def tolerances(
+    surrogate: Surrogate, n_classes: int, largest: float, sigma: np.ndarray, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What terms of value and slope are cut off at, at standard deviations `sigma`.
+
+    A part of what is promised, and not below what the samples are known to, which would be terms
+    for noise. The same up to a variance of 1e4, whatever the pair: a call is as good as its largest
+    variance allows. Pairs of unequal variances get the geometric mean.
+    """
+    near = largest <= NEAR
+    if bits < 64:
+        steps = [2e-5, 2e-5] if near else [1e-4, 3e-4]
+    elif surrogate.has_closed_form:
+        steps = [3e-8, 3e-8] if near else [3e-7, 3e-6]
+    elif surrogate.order is None:
+        steps = [3e-7, 3e-7] if near else [2e-5, 2e-4]
+    else:
+        steps = [1e-6, 1e-6] if near else [2e-5, 2e-4]
+    ends = [0.5 * np.log(1e4), 0.5 * np.log(LARGEST_VARIANCE)]
+    least = np.interp(np.log(sigma), ends, np.log(steps))
+    value, slope = (
+        np.exp(
+            np.maximum(least, np.interp(np.log(sigma), np.log(VARIANCES) / 2, np.log(known / 4)))
         )
-
-
-def build_if_meant(
-    least: Array, largest: Array, *, n_classes: int, surrogate: Surrogate, shape: Shape
-) -> Table:
-    """`build`, or a table with an infinite error where the range is wider than `shape` is for."""
-    make = functools.partial(
-        build, least, largest, n_classes=n_classes, surrogate=surrogate, shape=shape
+        for known in grid(surrogate).errors[_group(n_classes)]
     )
-    # Finite: under `vmap` both branches of every `cond` run, and are differentiated.
-    none = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(make))
-    none = none._replace(error=jnp.full_like(none.error, jnp.inf))
-    half_width = (_coordinate(largest) - _coordinate(least)) / 2
-    return lax.cond(half_width <= shape.half_width, make, lambda: none)
+    return value, slope
 
 
-def build(
-    least: Array, largest: Array, *, n_classes: int, surrogate: Surrogate, shape: Shape
-) -> Table:
-    """The interpolant over variances from `least` to `largest`, scalars, and all correlations."""
-    dtype = least.dtype
-    n_variances, n_correlations, _ = shape
-    low, high = (lax.stop_gradient(_coordinate(x)) for x in (least, largest))
-    # The lower end stays at or above 0.
-    half_width = jnp.maximum((high - low) / 2, _LEAST_HALF_WIDTH)
-    middle = jnp.maximum((high + low) / 2, half_width)
-
-    nodes, to_coefficients = (jnp.asarray(x, dtype) for x in quadrature.chebyshev_rule(n_variances))
-    rho, rho_to_coefficients = (
-        jnp.asarray(x, dtype) for x in quadrature.chebyshev_rule(n_correlations)
-    )
-    variances = (_KNEE * jnp.expm1(middle + half_width * nodes)) ** 2
-    inputs = jax.vmap(lambda v: mehler.expand(v, n_classes=n_classes, surrogate=surrogate))(
-        variances
-    )
-
-    # I is symmetric in the variances: half of the pairs do.
-    rows, columns = np.triu_indices(n_variances)
-
-    def correlations(indices: tuple[Array, Array]) -> tuple[Array, Array]:
-        one, two = (jax.tree.map(lambda leaf, i=i: leaf[i], inputs) for i in indices)
-        cov12 = rho * jnp.sqrt(one.variance * two.variance)
-        return jax.vmap(lambda c: mehler.pair(one, two, c, n_classes=n_classes))(cov12)
-
-    upper = jnp.stack(lax.map(correlations, (jnp.asarray(rows), jnp.asarray(columns))))
-    where = np.zeros((n_variances, n_variances), dtype=int)
-    where[rows, columns] = where[columns, rows] = np.arange(rows.size)
-    values = upper[:, where]
-
-    coefficients = einsum(
-        "kr,ia,jb,qabr->qkij",
-        rho_to_coefficients,
-        to_coefficients,
-        to_coefficients,
-        values,
-    )
-    size = jnp.abs(coefficients)
-    tail = 2 * _tail(jnp.sum(size, (1, 2))) + _tail(jnp.sum(size, (2, 3)))
-    diagonal = jnp.arange(n_variances)
-    error = tail / jnp.min(jnp.abs(values[:, diagonal, diagonal, -1]), axis=1)
-    return Table(middle, half_width, coefficients, jnp.max(error))
+def _group(n_classes: int) -> int:
+    return int(np.searchsorted(GROUPS, n_classes))
 
 
-def _coordinate(variance: Array) -> Array:
-    return jnp.log1p(jnp.sqrt(variance) / _KNEE)
-
-
-def _tail(size: Array) -> Array:
-    """What is missing beyond the last of the coefficients of `size`, if they go on geometrically.
-
-    Along the last axis, by twos: odd and even coefficients can differ in size.
-    """
-    last, before = size[..., -1] + size[..., -2], size[..., -3] + size[..., -4]
-    ratio = jnp.minimum(last / jnp.maximum(before, jnp.finfo(size.dtype).tiny), 0.5)
-    return last * ratio / (1 - ratio)
-
-
-def evaluate(rows: Array, columns: Array, correlation: Array, *, fused: bool) -> Array:
-    """`I / c` or `dI / dc`.
+@functools.cache
+def level(surrogate: Surrogate, n_classes: int, bits: int, *, near: bool) -> Level:
+    """The interpolant for one number of classes, in float64 whatever the `bits` it is meant for.
 
     Args:
-      rows: one of the two of `Table.rows` of the first input's variance,
-        `(z, x, correlation, variance)`.
-      columns: `Table.basis` of the second's, `(z, y, variance)`.
-      correlation: `(z, x, y)`.
-      fused: elementwise in the pairs, so that XLA compiles one loop over them that keeps its
-        intermediates in registers. A product of matrices writes an array as large as the
-        correlations for every degree and reads it again, which takes twice the time (measured on a
-        CPU), but compiles, and above all differentiates, much faster.
+      near: for variances up to `NEAR` only.
     """
-    if fused:
-        first = [rows[:, :, None, :, j] for j in range(rows.shape[-1])]
-        second = [columns[:, None, :, j] for j in range(columns.shape[-1])]
-        coefficients = [
-            functools.reduce(
-                operator.add, (a[..., k] * b for a, b in zip(first, second, strict=True))
-            )
-            for k in range(rows.shape[-2])
+    given = grid(surrogate)
+    (at,) = chebyshev.chebvander(class_coordinate(n_classes), len(given.classes) - 1)
+    largest = NEAR if near else LARGEST_VARIANCE
+    x, to_coefficients = chebyshev_rule(_NODES)
+    v = (x + 1) / 2 * _span(given.knee, largest)
+    basis = chebyshev.chebvander(
+        2 * v / _span(given.knee, LARGEST_VARIANCE) - 1, len(given.variance) - 1
+    )
+    sigma = given.knee * v / (1 - v)
+
+    by_degree = np.einsum("ds,ijs->dij", given.correlation, given.core @ (at @ given.classes))
+    factors = basis @ given.variance
+    slope = factors @ by_degree @ factors.T
+    of_value, of_slope = tolerances(surrogate, n_classes, largest, sigma, bits)
+    diagonal = np.arange(_NODES)
+    one = np.abs(slope.sum(0)[diagonal, diagonal])
+    scale = basis[:, : len(given.scale)] @ (given.scale @ at)
+    known = given.errors[_group(n_classes), 1] < WORST_SLOPE
+    return Level(
+        value=_cut(_mean_from_zero(slope), 1 / np.sqrt(of_value)),
+        slope=_cut(slope, 1 / np.sqrt(of_slope * one)),
+        scale=to_coefficients @ (scale - np.log(n_classes) / 2),
+        largest=largest,
+        slopes_to=(0.0, *VARIANCES)[np.sum(known)],
+        knee=given.knee,
+        rounding=given.rounding,
+    )
+
+
+def _span(knee: float, largest: float) -> float:
+    """`v` of the largest variance; Python's floats, which don't promote float32."""
+    return math.sqrt(largest) / (math.sqrt(largest) + knee)
+
+
+def error(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> tuple[float, float]:
+    """Estimates of the largest errors of value and slope in a call of variances up to `largest`.
+
+    Relative to those at correlation 1: what was measured off the nodes of the grid when it was
+    made, and what its terms are cut off at. Rounding comes on top.
+    """
+    step = np.searchsorted(VARIANCES, min(largest, LARGEST_VARIANCE))
+    known = grid(surrogate).errors[_group(n_classes), :, step]
+    cut_off = tolerances(surrogate, n_classes, largest, np.sqrt(np.array([largest])), bits)
+    # Between the nodes on which they were cut, terms leave up to three times that (measured).
+    value, slope = (float(each + 4 * cut[0]) for each, cut in zip(known, cut_off, strict=True))
+    return value, slope
+
+
+def _cut(matrices: np.ndarray, weight: np.ndarray) -> ProductSum:
+    """The fewest terms that leave an error of at most `1 / (weight weight')`, by bisection.
+
+    Args:
+      matrices: `(degree, v, v)`, symmetric.
+    """
+    weighted = matrices * weight[:, None] * weight
+    values, vectors = np.linalg.eigh((weighted + weighted.swapaxes(1, 2)) / 2)
+    size = np.abs(values) * np.max(vectors**2, axis=1)
+    at = chebyshev.chebvander(np.cos(np.linspace(0, np.pi, 61)), len(matrices) - 1)
+
+    def rebuilt(least: float) -> np.ndarray:
+        return (vectors * np.where(size > least, values, 0)[:, None]) @ vectors.swapaxes(1, 2)
+
+    sizes = np.sort(size, axis=None)
+    low, high = 0, sizes.size - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        left = np.tensordot(at, weighted - rebuilt(sizes[middle]), 1)
+        low, high = (middle, high) if np.max(np.abs(left)) <= 1 else (low, middle)
+    kept = size > sizes[low]
+    ranks = kept.sum(1)[: np.flatnonzero(kept.any(1))[-1] + 1]
+    signs = np.zeros((ranks.size, ranks.max()))
+    factors = np.zeros((ranks.size, ranks.max(), weight.size))
+    for d, rank in enumerate(ranks):
+        signs[d, :rank] = np.sign(values[d, kept[d]])
+        root = np.sqrt(np.abs(values[d, kept[d]]))
+        factors[d, :rank] = (vectors[d][:, kept[d]] * root / weight[:, None]).T
+    _, to_coefficients = chebyshev_rule(weight.size)
+    return ProductSum(tuple(map(int, ranks)), signs, factors @ to_coefficients.T)
+
+
+def _mean_from_zero(slope: np.ndarray) -> np.ndarray:
+    """`int_0^s K / s` from K, both `(degree, v, v)`: a polynomial of the same degree."""
+    s, to_coefficients = chebyshev_rule(2 * len(slope))
+    integral = chebyshev.chebint(slope, lbnd=0)
+    at = chebyshev.chebvander(s, len(integral) - 1) / s[:, None]
+    return np.tensordot(to_coefficients @ at, integral, 1)[: len(slope)]
+
+
+def evaluate(
+    level: Level, var1: Array, cov12: Array, var2: Array, *, fused: bool
+) -> tuple[Array, Array]:
+    """`I` and `dI / dc`, differentiable to any order; NaN where the slope is not known.
+
+    Derivatives are elementwise in the pairs as the values are, where reverse mode through the sums
+    would keep an array of the size of the pairs for every degree.
+
+    Args:
+      var1: `(z, x)`, nonnegative.
+      cov12: `(z, x, y)`.
+      var2: `(z, y)`.
+      fused: see `_fused`.
+    """
+    value, slope = _elementwise(functools.partial(_sums, level), fused)(var1, cov12, var2)
+    if level.slopes_to < level.largest:
+        largest = jnp.maximum(var1[:, :, None], var2[:, None])
+        slope = jnp.where(largest <= level.slopes_to, slope, jnp.nan)
+    return value, slope
+
+
+def _elementwise(function: Any, fused: bool) -> Any:
+    """`function` of `(var1, cov12, var2)` with partial derivatives for its derivative."""
+
+    @jax.custom_jvp
+    def wrapped(*arguments: Array) -> Any:
+        return function(fused, *arguments)
+
+    @functools.partial(wrapped.defjvp, symbolic_zeros=True)
+    def rule(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
+        out = wrapped(*primals)
+        total = jax.tree.map(jnp.zeros_like, out)
+        for i, tangent in enumerate(tangents):
+            if isinstance(tangent, SymbolicZero):
+                continue
+            each = (tangent[:, :, None], tangent, tangent[:, None, :])[i]
+            # Not fused: unrolled, they would take many seconds to compile.
+            partial = _elementwise(functools.partial(_partial, function, i), False)(*primals)
+            total = jax.tree.map(lambda t, p, each=each: t + p * each, total, partial)
+        return out, total
+
+    return wrapped
+
+
+def _partial(function: Any, i: int, fused: bool, *arguments: Array) -> Any:
+    def along(argument: Array) -> Any:
+        return function(fused, *arguments[:i], argument, *arguments[i + 1 :])
+
+    return jax.jvp(along, (arguments[i],), (jnp.ones_like(arguments[i]),))[1]
+
+
+class _Input(NamedTuple):
+    """What one of the two inputs brings: `(z, x)`, and rows of terms `(degree, rank, z, x)`."""
+
+    inverse_sigma: Array
+    share: Array
+    value: Array
+    slope: Array
+
+
+def _prepare(level: Level, variance: Array) -> _Input:
+    # I is smooth in (a, c, b) at a = 0, but not in the root of a. The shift is the relative error
+    # it makes, and what derivatives at variance 0 are divided by.
+    shift = 3e-8 if jnp.finfo(variance.dtype).bits == 64 else 1e-5
+    variance = variance + shift
+    sigma = jnp.sqrt(variance)
+    # Beyond the largest variance q stays, and the rounding of the kinks goes on.
+    inside = jnp.minimum(sigma, math.sqrt(level.largest))
+    v = inside / (inside + level.knee)
+    x = jnp.minimum(2 * v / _span(level.knee, level.largest) - 1, 1.0)
+    basis = _chebyshev(x.ravel(), len(level.scale))
+
+    def rows(coefficients: np.ndarray) -> Array:
+        flat = jnp.asarray(coefficients.reshape(-1, len(level.scale)), v.dtype)
+        return matmul(flat, basis).reshape(*coefficients.shape[:-1], *v.shape)
+
+    q = jnp.exp(rows(level.scale)) * v
+    return _Input(
+        1 / sigma,
+        level.rounding / (variance + level.rounding),
+        q * rows(level.value.factors),
+        q / sigma * rows(level.slope.factors),
+    )
+
+
+def _chebyshev(x: Array, count: int) -> Array:
+    """`T_k(x)`, `(count, *x)`: a loop, since its derivatives unrolled take seconds to compile."""
+
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
+        below, here = carry
+        return (here, 2 * x * here - below), below
+
+    return lax.scan(step, (jnp.ones_like(x), x), length=count)[1]
+
+
+def _sums(level: Level, fused: bool, var1: Array, cov12: Array, var2: Array) -> tuple[Array, Array]:
+    one, two = _prepare(level, var1), _prepare(level, var2)
+    if not fused:
+        return _of_block(level, _looped, one, cov12, two)
+    # As many columns at a time as have rows that stay in a core's cache: from memory, each pair
+    # would read them all again. A loop, since XLA would fuse blocks and what follows into one.
+    z, x, y = cov12.shape
+    n_rows = sum(level.value.ranks) + sum(level.slope.ranks)
+    n_blocks = -(-y * n_rows * cov12.dtype.itemsize // _CACHED_BYTES)
+    length = -(-y // n_blocks)
+    missing = n_blocks * length - y
+    if n_blocks == 1:
+        return _of_block(level, _fused, one, cov12, two)
+
+    def split(array: Array) -> Array:
+        array = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+        array = array.reshape(*array.shape[:-1], n_blocks, length)
+        return jnp.moveaxis(array, -2, 0)
+
+    def each(block: tuple[Array, _Input]) -> tuple[Array, Array]:
+        return _of_block(level, _fused, one, *block)
+
+    def whole(array: Array) -> Array:
+        return jnp.moveaxis(array, 0, 2).reshape(z, x, n_blocks * length)[:, :, :y]
+
+    value, slope = map(whole, lax.map(each, (split(cov12), jax.tree.map(split, two))))
+    return value, slope
+
+
+def _of_block(
+    level: Level, clenshaw: Any, one: _Input, cov12: Array, two: _Input
+) -> tuple[Array, Array]:
+    rho = cov12 * one.inverse_sigma[:, :, None] * two.inverse_sigma[:, None]
+    share1, share2 = one.share[:, :, None], two.share[:, None]
+    # 1 - x^2 at rho = 1, and at rho: sums of positive terms, unless rounding takes rho beyond 1.
+    rest_one = share1 + share2 - share1 * share2
+    x_one_squared = 1 - rest_one
+    rest = jnp.maximum(rest_one + x_one_squared * ((1 - rho) * (1 + rho)), rest_one / 2)
+    root = jnp.sqrt(rest)
+    stretch = (1 + jnp.sqrt(rest_one)) / (1 + root)
+    s = rho * stretch
+    s_slope = stretch * (1 + x_one_squared * rho**2 / (root * (1 + root)))
+    value = clenshaw(level.value, one.value, two.value, s)
+    slope = clenshaw(level.slope, one.slope, two.slope, s)
+    return s * value, s_slope * slope
+
+
+def _fused(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
+    """`sum_terms sign first second T_degree(s)`, as one elementwise expression for XLA to fuse.
+
+    No array of the size of the pairs is kept but the result. Rows of terms are contiguous in the
+    second input: the other way round the loop over the pairs is not vectorised.
+    """
+    twice = 2 * s
+    value = previous = jnp.zeros_like(s)
+    for degree in range(len(terms.ranks) - 1, -1, -1):
+        products = [
+            first[degree, r][:, :, None] * (float(sign) * second[degree, r][:, None])
+            for r, sign in enumerate(terms.signs[degree, : terms.ranks[degree]])
         ]
-    else:
-        coefficients = einsum("zxkj,zyj->kzxy", rows, columns)
-    # Clenshaw's recurrence: monomials in rho would lose digits as 2^degree.
-    twice = 2 * correlation
-    value = previous = jnp.zeros_like(correlation)
-    for coefficient in coefficients[:0:-1]:
-        value, previous = twice * value + (coefficient - previous), value
-    return correlation * value + (coefficients[0] - previous)
+        coefficient = functools.reduce(operator.add, products) if products else 0.0
+        if degree > 0:
+            value, previous = coefficient + twice * value - previous, value
+            continue
+        value = coefficient + s * value - previous
+    return value
+
+
+def _looped(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
+    """The same as a loop over the degrees, which compiles at once and differentiates well."""
+    signs = jnp.asarray(terms.signs, s.dtype)[:, :, None, None]
+
+    def coefficient(first: Array, second: Array) -> Array:
+        if min(s.shape[1:]) == 1:
+            return jnp.sum(first[:, :, :, None] * second[:, :, None], 0)
+        return einsum("rzx,rzy->zxy", first, second)
+
+    def step(carry: tuple[Array, Array], each: tuple[Array, Array]) -> Any:
+        value, previous = carry
+        return (coefficient(*each) + 2 * s * value - previous, value), None
+
+    zero = jnp.zeros_like(s)
+    rows = first, signs * second
+    high = jax.tree.map(lambda row: row[1:], rows)
+    (value, previous), _ = lax.scan(step, (zero, zero), high, reverse=True)
+    return coefficient(rows[0][0], rows[1][0]) + s * value - previous

@@ -29,16 +29,20 @@ class Promise(NamedTuple):
 
 
 # Names of the quantities.
-CLASS_AXIS_CLOSED_FORM = "order 2 over classes"
-CLASS_AXIS_TWO = f"softmax, orders 4 to {LARGEST_FINITE_ORDER}, over 2 classes"
-CLASS_AXIS = f"softmax, orders 4 to {LARGEST_FINITE_ORDER}, over 3 classes and more"
-CLASS_AXIS_MANY = f"softmax, orders 4 to {LARGEST_FINITE_ORDER}, over 10 classes and more"
-SOFTMAX_VALUE = "softmax over classes, any variance: NNGP"
-SOFTMAX_SLOPE = "softmax over classes, any variance: NTK"
-CLOSED_FORM_VALUE = "order 2 over classes, any variance: NNGP"
-CLOSED_FORM_SLOPE = "order 2 over classes, any variance: NTK"
-TAYLOR_VALUE = f"orders 4 to {LARGEST_FINITE_ORDER} over classes, any variance: NNGP"
-TAYLOR_SLOPE = f"orders 4 to {LARGEST_FINITE_ORDER} over classes, any variance: NTK"
+SOFTMAX_VALUE = "softmax over up to 1,000 classes, NNGP"
+SOFTMAX_SLOPE = "softmax over up to 1,000 classes, NTK"
+SOFTMAX_MANY_VALUE = "softmax over more classes, NNGP"
+SOFTMAX_MANY_SLOPE = "softmax over more classes, NTK"
+CLOSED_FORM_VALUE = "order 2 over classes, NNGP"
+CLOSED_FORM_SLOPE = "order 2 over classes, NTK"
+LOW_VALUE = "orders 4 to 8 over 10 classes and more, NNGP"
+LOW_SLOPE = "orders 4 to 8 over 10 classes and more, NTK"
+LOW_FEW_VALUE = "orders 4 to 8 over fewer classes, NNGP"
+LOW_FEW_SLOPE = "orders 4 to 8 over fewer classes, NTK"
+MIDDLE_VALUE = "orders 10 to 22 over classes, NNGP"
+MIDDLE_SLOPE = "orders 10 to 22 over classes, NTK"
+HIGH_VALUE = f"orders 24 to {LARGEST_FINITE_ORDER} over classes, NNGP"
+HIGH_SLOPE = f"orders 24 to {LARGEST_FINITE_ORDER} over classes, NTK"
 INFINITE_WIDTH = "infinite width, any order"
 POSITIONS_CLOSED_FORM = "over up to 32 positions, order 2"
 POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
@@ -48,16 +52,20 @@ PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 cl
 
 # What errors are relative to.
 UNITS = {
-    CLASS_AXIS_CLOSED_FORM: "value at correlation 1",
-    CLASS_AXIS_TWO: "value at correlation 1",
-    CLASS_AXIS: "value at correlation 1",
-    CLASS_AXIS_MANY: "value at correlation 1",
     SOFTMAX_VALUE: "value at correlation 1",
     SOFTMAX_SLOPE: "value at correlation 1",
+    SOFTMAX_MANY_VALUE: "value at correlation 1",
+    SOFTMAX_MANY_SLOPE: "value at correlation 1",
     CLOSED_FORM_VALUE: "value at correlation 1",
     CLOSED_FORM_SLOPE: "value at correlation 1",
-    TAYLOR_VALUE: "value at correlation 1",
-    TAYLOR_SLOPE: "value at correlation 1",
+    LOW_VALUE: "value at correlation 1",
+    LOW_SLOPE: "value at correlation 1",
+    LOW_FEW_VALUE: "value at correlation 1",
+    LOW_FEW_SLOPE: "value at correlation 1",
+    MIDDLE_VALUE: "value at correlation 1",
+    MIDDLE_SLOPE: "value at correlation 1",
+    HIGH_VALUE: "value at correlation 1",
+    HIGH_SLOPE: "value at correlation 1",
     INFINITE_WIDTH: "value at correlation 1",
     POSITIONS_CLOSED_FORM: "largest entry",
     POSITIONS_NNGP: "largest entry",
@@ -66,22 +74,39 @@ UNITS = {
     PROBABILITIES: "absolute",
 }
 
-# Over classes: of value and slope, that is of the NNGP beyond 1/n^2 and of the NTK's factor; of the
-# latter beyond a variance of 1e4 nothing is known to be right, and it is NaN.
+# Over classes: of value and slope, that is of the NNGP beyond 1/n^2 and of the NTK's factor. A call
+# is as good as its largest variance allows.
 PROMISES = (
-    Promise(CLASS_AXIS_CLOSED_FORM, 20.0, 1e-7, 1e-4),
-    Promise(CLASS_AXIS_TWO, 4.0, 1e-4, 1e-4),
-    Promise(CLASS_AXIS, 4.0, 1e-6, 1e-4),
-    Promise(CLASS_AXIS_MANY, 10.0, 1e-4, 1e-4),
-    Promise(SOFTMAX_VALUE, 100.0, 2e-5, 1e-4),
+    Promise(SOFTMAX_VALUE, 100.0, 3e-6, 1e-4),
     Promise(SOFTMAX_VALUE, 1e4, 1e-4, 5e-4),
-    Promise(SOFTMAX_VALUE, 1e6, 1e-3, 2e-3),
-    Promise(SOFTMAX_SLOPE, 100.0, 1e-4, 5e-4),
-    Promise(SOFTMAX_SLOPE, 1e4, 1e-2, 2e-2),
-    Promise(CLOSED_FORM_VALUE, 1e6, 1e-5, 1e-3),
-    Promise(CLOSED_FORM_SLOPE, 1e4, 1e-2, 1e-2),
-    Promise(TAYLOR_VALUE, 1e4, 1e-3, 1e-3),
-    Promise(TAYLOR_SLOPE, 1e4, 5e-2, 5e-2),
+    Promise(SOFTMAX_VALUE, 1e6, 2e-3, 2e-3),
+    Promise(SOFTMAX_SLOPE, 100.0, 1e-5, 1e-4),
+    Promise(SOFTMAX_SLOPE, 1e4, 1e-4, 1e-3),
+    Promise(SOFTMAX_SLOPE, 1e6, 3e-3, 5e-3),
+    Promise(SOFTMAX_MANY_VALUE, 1e6, 2e-3, 2e-3),
+    Promise(SOFTMAX_MANY_SLOPE, 1e6, 2e-2, 2e-2),
+    Promise(CLOSED_FORM_VALUE, 20.0, 2e-7, 1e-4),
+    Promise(CLOSED_FORM_VALUE, 1e4, 5e-6, 5e-4),
+    Promise(CLOSED_FORM_VALUE, 1e6, 5e-5, 2e-3),
+    Promise(CLOSED_FORM_SLOPE, 20.0, 3e-6, 1e-4),
+    Promise(CLOSED_FORM_SLOPE, 1e4, 2e-4, 1e-3),
+    Promise(CLOSED_FORM_SLOPE, 1e6, 5e-3, 1e-2),
+    Promise(LOW_VALUE, 100.0, 2e-5, 1e-4),
+    Promise(LOW_VALUE, 1e4, 1e-4, 5e-4),
+    Promise(LOW_VALUE, 1e6, 1e-3, 2e-3),
+    Promise(LOW_SLOPE, 100.0, 5e-5, 2e-4),
+    Promise(LOW_SLOPE, 1e4, 5e-4, 1e-3),
+    Promise(LOW_SLOPE, 1e6, 5e-2, 5e-2),
+    Promise(LOW_FEW_VALUE, 100.0, 2e-5, 1e-4),
+    Promise(LOW_FEW_VALUE, 1e4, 1e-4, 5e-4),
+    Promise(LOW_FEW_VALUE, 1e6, 1e-3, 2e-3),
+    Promise(LOW_FEW_SLOPE, 100.0, 1e-3, 1e-3),
+    Promise(LOW_FEW_SLOPE, 1e4, 5e-3, 5e-3),
+    Promise(LOW_FEW_SLOPE, 1e6, 0.1, 0.1),
+    Promise(MIDDLE_VALUE, 1e6, 3e-3, 3e-3),
+    Promise(MIDDLE_SLOPE, 100.0, 0.1, 0.1),
+    Promise(HIGH_VALUE, 1e6, 2e-2, 2e-2),
+    Promise(HIGH_SLOPE, 20.0, 0.2, 0.2),
     Promise(INFINITE_WIDTH, 1e3, 1e-12, 1e-5),
     Promise(POSITIONS_CLOSED_FORM, 4.0, 1e-7, 1e-4),
     Promise(POSITIONS_NNGP, 1.0, 2e-3, 2e-3),
@@ -106,13 +131,19 @@ def promised(quantity: str, variance: float, dtype: DTypeLike = float) -> float:
     raise KeyError(f"Nothing is promised of {quantity!r} at variance {variance:g}.")
 
 
-def beyond(surrogate: Surrogate) -> tuple[str, str]:
-    """What is promised of value and slope over classes at any variance."""
-    if surrogate.is_shift_invariant:
-        return SOFTMAX_VALUE, SOFTMAX_SLOPE
+def class_axis(surrogate: Surrogate, n_classes: int) -> tuple[str, str]:
+    """The quantities that are promised of value and slope over classes."""
     if surrogate.has_closed_form:
         return CLOSED_FORM_VALUE, CLOSED_FORM_SLOPE
-    return TAYLOR_VALUE, TAYLOR_SLOPE
+    if surrogate.is_shift_invariant:
+        many = n_classes > 1000
+        return (SOFTMAX_MANY_VALUE, SOFTMAX_MANY_SLOPE) if many else (SOFTMAX_VALUE, SOFTMAX_SLOPE)
+    assert surrogate.order is not None
+    if surrogate.order > 22:
+        return HIGH_VALUE, HIGH_SLOPE
+    if surrogate.order > 8:
+        return MIDDLE_VALUE, MIDDLE_SLOPE
+    return (LOW_FEW_VALUE, LOW_FEW_SLOPE) if n_classes < 10 else (LOW_VALUE, LOW_SLOPE)
 
 
 def _scientific(x: float) -> str:

@@ -44,16 +44,6 @@ def normal_rule(n_nodes: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
     return x, weight / weight.sum()
 
 
-def hermite_functions(x: np.ndarray, degree: int) -> np.ndarray:
-    """Orthonormal Hermite polynomials `He_k(x) / sqrt(k!)`, `k < degree`; shape `(degree, *x)`."""
-    values = np.ones((degree, *x.shape))
-    if degree > 1:
-        values[1] = x
-    for k in range(2, degree):
-        values[k] = (x * values[k - 1] - np.sqrt(k - 1) * values[k - 2]) / np.sqrt(k)
-    return values
-
-
 @functools.cache
 def chebyshev_rule(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Chebyshev nodes on `(-1, 1)` and the matrix that takes values there to coefficients."""

@@ -66,18 +66,6 @@ class Surrogate(abc.ABC):
         """`f(z + step) / f(z) - 1`, relative to which the error is of the order of rounding."""
 
     @abc.abstractmethod
-    def normalised(self, x: Array, variance: Array) -> tuple[Array, Array]:
-        """`f(sigma x) / E[f]` and `f'(sigma x) / E[f]` with `E[f] = E[f(sigma X)]`, `X ~ N(0, 1)`.
-
-        Dividing by the mean keeps both within the range of float32 at any variance (`exp(500)` is
-        not): a softmax does not change when `f` is multiplied by a constant.
-
-        Args:
-          x: standard normal abscissae, any shape that broadcasts with `variance`.
-          variance: `sigma^2 > 0`.
-        """
-
-    @abc.abstractmethod
     def _relative(self, z: Array, axis: int | tuple[int, ...]) -> Array:
         """`f(z)` over a number of each row's along `axis` that keeps it and its sum finite."""
 
@@ -148,10 +136,6 @@ class Exponential(Surrogate):
     def relative_change(self, z: Array, step: Array) -> Array:
         return jnp.expm1(step)
 
-    def normalised(self, x: Array, variance: Array) -> tuple[Array, Array]:
-        value = jnp.exp(jnp.sqrt(variance) * x - variance / 2)
-        return value, value
-
     def _relative(self, z: Array, axis: int | tuple[int, ...]) -> Array:
         return jnp.exp(z - lax.stop_gradient(jnp.max(z, axis=axis, keepdims=True)))
 
@@ -198,13 +182,6 @@ class TaylorPolynomial(Surrogate):
             logarithm = logarithm + jnp.log1p(change)
         return jnp.expm1(logarithm)
 
-    def normalised(self, x: Array, variance: Array) -> tuple[Array, Array]:
-        z = jnp.sqrt(variance) * x
-        scale = self._scale(jnp.max(jnp.abs(z), initial=0.0))
-        value, slope = jax.jvp(lambda z: self._scaled(z, scale), (z,), (jnp.ones_like(z),))
-        mean = self._scaled_mean(variance, scale)
-        return value / mean, slope / mean
-
     def _relative(self, z: Array, axis: int | tuple[int, ...]) -> Array:
         largest = jnp.max(jnp.abs(z), axis=axis, keepdims=True, initial=0.0)
         return self._scaled(z, self._scale(largest))
@@ -239,15 +216,6 @@ class TaylorPolynomial(Surrogate):
         for real, imag in zip(roots.real, roots.imag, strict=True):
             value = value * (((z - real) / unit) ** 2 + (imag / unit) ** 2)
         return value
-
-    def _scaled_mean(self, variance: Array, scale: Array) -> Array:
-        """`E[f_m(z)] / scale^m = sum_{j <= m/2} (v/2)^j / j! / scale^m`, `z ~ N(0, v)`."""
-        half, shrink = variance / (2 * scale**2), 1 / scale**2
-        total, term = jnp.ones_like(half), jnp.ones_like(half)
-        for j in range(1, self.order // 2 + 1):
-            term = term * half / j
-            total = total * shrink + term
-        return total
 
 
 def parse(order: Any, *, finite: bool = True) -> Surrogate:
