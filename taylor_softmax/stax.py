@@ -19,6 +19,7 @@ from taylor_softmax._layers.finite import (
     LayerNorm,
     SumPool,
 )
+from taylor_softmax._layers.log_softmax import LogSoftmax
 from taylor_softmax._layers.softmax import Softmax, TaylorSoftmax
 
 __all__ = [  # noqa: F405
@@ -59,6 +60,7 @@ __all__ = [  # noqa: F405
     "Index",
     "LayerNorm",
     "LeakyRelu",
+    "LogSoftmax",
     "MaskedArray",
     "Monomial",
     "Padding",

@@ -104,6 +104,15 @@ def test_class_kernel_refuses_what_mixes_classes_or_changes_their_sum(last):
         taylor_softmax.class_kernel(over_positions[2](IMAGES, None))
 
 
+def test_class_kernel_of_a_batched_network():
+    whole, parts = (
+        taylor_softmax.class_kernel(kernel_fn(X, None))
+        for kernel_fn in (SOFTMAX[2], nt.batch(SOFTMAX[2], batch_size=1, device_count=1))
+    )
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 def test_class_kernel_behind_what_leaves_the_classes():
     for last in (stax.GlobalAvgPool(), stax.Identity()):
         *_, kernel_fn = stax.serial(MAPS, last)

@@ -45,6 +45,7 @@ NETWORKS = {
     "order 2": (fully_connected(stax.TaylorSoftmax(2)), X1, X2),
     "order 4, two classes": (fully_connected(stax.TaylorSoftmax(4), logits=2), X1, X2),
     "softmax": (fully_connected(stax.Softmax()), X1, X2),
+    "log-softmax": (fully_connected(stax.LogSoftmax()), X1, X2),
     "softmax of images": (convolutional(stax.Softmax(), stax.Flatten()), IMAGES1, IMAGES2),
     "order 2 of images, pooled": (
         convolutional(stax.TaylorSoftmax(2), stax.GlobalAvgPool()),
@@ -114,7 +115,7 @@ def test_negative_control_another_layer_s_kernel_is_found():
     assert np.max(np.abs(scores["ntk"])) > LARGEST_SCORE
 
 
-@pytest.mark.parametrize("layer", [stax.TaylorSoftmax(2), stax.Softmax()])
+@pytest.mark.parametrize("layer", [stax.TaylorSoftmax(2), stax.Softmax(), stax.LogSoftmax()])
 def test_class_kernel_is_the_mean_of_empirical_ones(layer):
     init_fn, apply_fn, kernel_fn = fully_connected(layer, width=512)
     expected = taylor_softmax.class_kernel(kernel_fn(X1, X2))
@@ -362,7 +363,7 @@ def test_everything_of_neural_tangents_is_there_and_nothing_leaks():
     import neural_tangents.stax
 
     theirs = {name for name in vars(neural_tangents.stax) if not name.startswith("_")}
-    assert set(stax.__all__) == theirs | {"Softmax", "TaylorSoftmax"}
+    assert set(stax.__all__) == theirs | {"LogSoftmax", "Softmax", "TaylorSoftmax"}
     # The check of annotations imports jaxtyping into every module.
     there = {name for name in vars(stax) if not name.startswith("_")} - {"jaxtyping"}
     assert there == set(stax.__all__)

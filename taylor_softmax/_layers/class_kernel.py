@@ -6,8 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from neural_tangents import Kernel
 
-from taylor_softmax._layers.finite import MIXTURE, FiniteClassKernel
+from taylor_softmax._layers.finite import MIXTURE, FiniteClassKernel, LogSoftmaxKernel
 from taylor_softmax._numerics.arguments import Validated
+
+_NOT_AT_THE_END = (
+    "`kernel` has a softmax over {n} classes, but not at its end: a layer behind it mixes the "
+    "classes or changes their sum. Take the kernel before that layer."
+)
 
 
 class ClassKernel(NamedTuple):
@@ -24,15 +29,15 @@ class ClassKernel(NamedTuple):
 
 
 def class_kernel(kernel: Validated[Kernel]) -> ClassKernel:
-    """The kernels between every two classes, of a network that ends in a finite softmax layer.
+    """The kernels between every two classes, of a network that ends in a softmax over them.
 
-    Classes are exchangeable and each row of outputs sums to 1, so the same-class entries that
+    Classes are exchangeable and each row of a softmax sums to 1, so the same-class entries that
     `kernel` holds determine all others. With `n` classes and `Id` the `n x n` identity,
 
         nngp = 1 1^T / n^2 + I (Id - 1 1^T / n),    ntk = Theta dI/dc (Id - 1 1^T / n):
 
     what `nt.empirical_nngp_fn` and `nt.empirical_ntk_fn(apply_fn, trace_axes=())` average to over
-    initialisations.
+    initialisations. Behind `stax.LogSoftmax`, whose formulas have those of two classes, directly.
 
     Args:
       kernel: the `Kernel` that `kernel_fn(x1, x2)` (with `get=None`) returns.
@@ -50,20 +55,19 @@ def class_kernel(kernel: Validated[Kernel]) -> ClassKernel:
     if not isinstance(kernel, FiniteClassKernel):
         raise ValueError(
             "`kernel` is not that of classes. `class_kernel` is for a network whose last layer is "
-            "`stax.TaylorSoftmax` or `stax.Softmax` over a finite channel axis; the channels of "
-            "any other network are independent of each other."
+            "`stax.TaylorSoftmax`, `stax.Softmax` or `stax.LogSoftmax` over a finite channel axis; "
+            "the channels of any other network are independent of each other."
         )
     n = kernel.n_classes
+    if isinstance(kernel, LogSoftmaxKernel):
+        return _of_log_softmax(kernel)
     assert kernel.shape1 is not None
     if (
         kernel.is_gaussian is MIXTURE
         or not kernel.sums_to_one
         or kernel.shape1[kernel.channel_axis] != n
     ):
-        raise ValueError(
-            f"`kernel` has a softmax over {n} classes, but not at its end: a layer "
-            "behind it mixes the classes or changes their sum. Take the kernel before that layer."
-        )
+        raise ValueError(_NOT_AT_THE_END.format(n=n))
     identity = jnp.eye(n, dtype=kernel.nngp.dtype)
     # For one class the centred part vanishes, and nothing has to be undone.
     same_class_share = 1 - 1 / n if n > 1 else 1.0
@@ -74,3 +78,19 @@ def class_kernel(kernel: Validated[Kernel]) -> ClassKernel:
 
     nngp = 1 / n**2 + spread(kernel.nngp - 1 / n**2)
     return ClassKernel(nngp, None if kernel.ntk is None else spread(kernel.ntk))
+
+
+def _of_log_softmax(kernel: LogSoftmaxKernel) -> ClassKernel:
+    n = kernel.n_classes
+    if kernel.cross_nngp is None:
+        raise ValueError(_NOT_AT_THE_END.format(n=n))
+
+    def spread(same_class: Array, cross: Array) -> Array:
+        return jnp.where(
+            jnp.eye(n, dtype=bool), same_class[..., None, None], cross[..., None, None]
+        )
+
+    return ClassKernel(
+        spread(kernel.nngp, kernel.cross_nngp),
+        None if kernel.ntk is None else spread(kernel.ntk, kernel.cross_ntk),
+    )

@@ -52,6 +52,38 @@ class FiniteClassKernel(Kernel):
     n_classes: int = field(pytree_node=False, default=0)
     sums_to_one: bool = field(pytree_node=False, default=True)
 
+    # `nt.batch` joins parts by these where it finds them, and otherwise makes a plain `Kernel`.
+    def _asdict(self) -> Any:
+        return self.asdict()
+
+    def _replace(self: Any, **changes: Any) -> Any:
+        return dataclasses.replace(self, **changes)
+
+
+@no_type_check
+@dataclass
+class LogSoftmaxKernel(FiniteClassKernel):
+    """A kernel behind a log-softmax, whose classes `nngp` and `ntk` alone don't tell apart.
+
+    Attributes:
+      cross_nngp, cross_ntk: what `nngp` and `ntk` are of one class, of two classes; None behind any
+        layer that changes them.
+    """
+
+    cross_nngp: Any = None
+    cross_ntk: Any = None
+
+    def mask(self, mask1: Any, mask2: Any) -> Any:
+        """As the kernel of one class is masked, so is that of two."""
+        if self.cross_nngp is None:
+            return Kernel.mask(self, mask1, mask2)
+        if self.cross_nngp is None:
+            return Kernel.mask(self, mask1, mask2)
+        crossed = Kernel.mask(_as_kernel(self, self.cross_nngp, self.cross_ntk), mask1, mask2)
+        return Kernel.mask(self, mask1, mask2).replace(
+            cross_nngp=crossed.nngp, cross_ntk=crossed.ntk
+        )
+
 
 @no_type_check
 @dataclass
@@ -63,6 +95,8 @@ def _replace_finite(self: Any, **changes: Any) -> Any:
     """`replace` as neural_tangents' layers call it, of which none makes outputs Gaussian."""
     if changes.get("is_gaussian") is True:
         changes["is_gaussian"] = MIXTURE
+    if hasattr(self, "cross_nngp") and "nngp" in changes:
+        changes = {"cross_nngp": None, "cross_ntk": None, **changes}
     return dataclasses.replace(self, **changes)
 
 
@@ -73,7 +107,7 @@ def _replace_normalised(self: Any, **changes: Any) -> Any:
 
 
 # In place of the methods that the decorator makes.
-FiniteClassKernel.replace = _replace_finite
+FiniteClassKernel.replace = LogSoftmaxKernel.replace = _replace_finite
 NormalisedKernel.replace = _replace_normalised
 
 
@@ -81,6 +115,10 @@ def cast(k: Kernel, to: Any, **more: Any) -> Any:
     """`k` as a kernel of the class `to`."""
     names = (field.name for field in dataclasses.fields(Kernel))  # pyright: ignore[reportArgumentType]
     return to(**{name: getattr(k, name) for name in names}, **more)
+
+
+def _as_kernel(k: Any, nngp: Any, ntk: Any) -> Any:
+    return cast(k, Kernel).replace(nngp=nngp, ntk=ntk)
 
 
 def _marking(

@@ -105,7 +105,7 @@ def _softmax_layer(
     if not isinstance(infinite_width, bool):
         raise TypeError(f"`infinite_width` must be a boolean, got {infinite_width!r}.")
     surrogate = parse(order, finite=not infinite_width)
-    _check_axis(axis)
+    check_axis(axis)
     if method is not None:
         # Whether the axis is that of classes only an input tells.
         if infinite_width:
@@ -142,7 +142,7 @@ class _Softmax:
     method: Method | None
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        return _resolve_axis(self.axis, self.batch_axis, ndim)
+        return resolve_axis(self.axis, self.batch_axis, ndim)
 
     def apply(self, params: tuple[()], inputs: Array, *, mask: Any = None, **kwargs: Any) -> Array:
         axes = self.axes(inputs.ndim)
@@ -168,11 +168,7 @@ class _Softmax:
                 f"`infinite_width=True` with `axis={self.axis!r}`: spatial axes of inputs of shape "
                 f"{k.shape1} are finite. Use `infinite_width=False`, or `axis={k.channel_axis}`."
             )
-        if not k.is_gaussian:
-            raise ValueError(
-                "The input of a softmax layer must be Gaussian for its kernel. Put a layer with "
-                "random weights before it, such as `stax.Dense(n_classes)`."
-            )
+        check_gaussian(k)
         if not over_channels and k.diagonal_spatial:
             # `_softmax_layer` took the last axis for that of the channels.
             raise ValueError(
@@ -184,23 +180,18 @@ class _Softmax:
         if not over_channels:
             return _over_positions(k, axes, self.surrogate, self.method)
         if self.infinite_width:
-            return _elementwise(k, self._moments(k))
-        n_classes = k.shape1[k.channel_axis]
-        if isinstance(k, NormalisedKernel):
-            raise NotImplementedError(
-                "A layer that normalises over channels stands directly before a softmax over "
-                f"{n_classes} of them: its kernel takes them for infinitely many. "
-                "Put it before the last dense layer, or use `infinite_width=True`."
-            )
-        return cast(_elementwise(k, self._moments(k)), FiniteClassKernel, n_classes=n_classes)
+            return elementwise(k, self._moments(k))
+        n_classes = _n_channels(k)
+        check_not_normalised(k, "or use `infinite_width=True`")
+        return cast(elementwise(k, self._moments(k)), FiniteClassKernel, n_classes=n_classes)
 
     def _moments(self, k: Any) -> list[tuple[Array, Array]]:
-        """Second moment and NTK factor of each of the pairs in `_pairs_of_inputs`."""
-        pairs = _pairs_of_inputs(k)
+        """Second moment and NTK factor of each of the pairs in `pairs_of_inputs`."""
+        pairs = pairs_of_inputs(k)
         if self.infinite_width:
             moments = functools.partial(_infinite_width.moments, surrogate=self.surrogate)
             return [moments(*each) for each in pairs]
-        n = k.shape1[k.channel_axis]
+        n = _n_channels(k)
         method = class_axis.check_method(self.method, self.surrogate)
         results = class_axis.covariances(
             pairs, n_classes=n, surrogate=self.surrogate, method=method
@@ -208,7 +199,34 @@ class _Softmax:
         return [(1 / n**2 + (1 - 1 / n) * value, (1 - 1 / n) * slope) for value, slope in results]
 
 
-def _pairs_of_inputs(k: Kernel) -> list[Pairs]:
+def _n_channels(k: Any) -> int:
+    return k.shape1[k.channel_axis]
+
+
+def check_gaussian(k: Any) -> None:
+    """Raises a `ValueError` unless `k` is of Gaussian outputs."""
+    if not k.is_gaussian:
+        raise ValueError(
+            "The input of a softmax layer must be Gaussian for its kernel. Put a layer with "
+            "random weights before it, such as `stax.Dense(n_classes)`."
+        )
+
+
+def check_not_normalised(k: Any, otherwise: str) -> None:
+    """Raises a `NotImplementedError` if the logits of `k` covary between classes.
+
+    Args:
+      otherwise: what else to do, for the message.
+    """
+    if isinstance(k, NormalisedKernel):
+        raise NotImplementedError(
+            "A layer that normalises over channels stands directly before a softmax over "
+            f"{_n_channels(k)} of them: its kernel takes them for infinitely many. "
+            f"Put it before the last dense layer, {otherwise}."
+        )
+
+
+def pairs_of_inputs(k: Kernel) -> list[Pairs]:
     """The pairs in `nngp`, `cov1` and, unless it is None, `cov2`."""
 
     def diagonal(cov: Array) -> Array:
@@ -232,8 +250,8 @@ def _pairs_of_inputs(k: Kernel) -> list[Pairs]:
     return pairs
 
 
-def _elementwise(k: Kernel, moments: list[tuple[Array, Array]]) -> Kernel:
-    """`k` after a layer with second moments and NTK factors `moments`, as `_pairs_of_inputs`."""
+def elementwise(k: Kernel, moments: list[tuple[Array, Array]]) -> Kernel:
+    """`k` after a layer with second moments and NTK factors `moments`, as `pairs_of_inputs`."""
     (nngp, factor), (cov1, _), *rest = moments
     return k.replace(
         nngp=nngp,
@@ -284,7 +302,7 @@ def _over_positions(
     return k.replace(nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, is_gaussian=False)
 
 
-def _check_axis(axis: Any) -> None:
+def check_axis(axis: Any) -> None:
     for value in axis if isinstance(axis, tuple | list) else (axis,):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(f"`axis` must be an integer or a tuple of them, got {axis!r}.")
@@ -292,7 +310,7 @@ def _check_axis(axis: Any) -> None:
         raise ValueError("`axis` must name at least one axis, got none.")
 
 
-def _resolve_axis(axis: int | tuple[int, ...], batch_axis: int, ndim: int) -> tuple[int, ...]:
+def resolve_axis(axis: int | tuple[int, ...], batch_axis: int, ndim: int) -> tuple[int, ...]:
     """`axis` as a tuple of nonnegative integers for inputs with `ndim` axes."""
     axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
     if any(not -ndim <= value < ndim for value in axes):

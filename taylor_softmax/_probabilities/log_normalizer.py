@@ -13,6 +13,7 @@ means are `p`, those in the variances, by the heat equation, half of
 which needs no second moments.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +27,12 @@ from taylor_softmax._probabilities.rules import Logits, Rule
 
 
 class LogNormalizer(NamedTuple):
-    """Of points `(N, C)`.
+    """Of points `(N, C)`; a column may stand for several classes alike.
 
     Attributes:
       value: `E[log sum_j exp z_j]`, `(N,)`.
-      mean: `p = E[y]`, its gradient in the means, `(N, C)`.
-      curvature: `E[y (1 - y)]`, twice its gradient in the variances, `(N, C)`.
+      mean: `p = E[y]`, its gradient in the means, `(N, C)`; of a column, the sum.
+      curvature: `E[y (1 - y)]`, twice its gradient in the variances, `(N, C)`; likewise.
     """
 
     value: Array
@@ -58,6 +59,28 @@ def _expected_log_normalizer_jvp(primals: Any, tangents: Any) -> tuple[Array, Ar
     return value, jnp.sum(p * tangents[0] + curvature * tangents[1] / 2, axis=1)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def of_equal_logits(variance: Array, n_classes: int) -> Array:
+    """`E[log sum_j exp z_j]` of `n_classes` logits `N(0, variance)`, elementwise.
+
+    At the cost of one class, however many there are.
+    """
+    return _of_equal_logits(variance, n_classes).value.reshape(variance.shape)
+
+
+@of_equal_logits.defjvp
+def _of_equal_logits_jvp(n_classes: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (variance,), (tangent,) = primals, tangents
+    at = _of_equal_logits(variance, n_classes)
+    value, slope = (x.reshape(variance.shape) for x in (at.value, at.curvature / 2))
+    return value, slope * tangent
+
+
+def _of_equal_logits(variance: Array, n_classes: int) -> LogNormalizer:
+    column = variance.reshape(-1, 1)
+    return in_blocks(_by_rule, jnp.zeros_like(column), column, Exponential(), n_classes)
+
+
 def _by_rule(logits: Logits, rule: Rule, surrogate: Surrogate) -> LogNormalizer:
     s, w, each = integrand(logits, rule, surrogate, second=False)
     a = each.mean
@@ -65,6 +88,8 @@ def _by_rule(logits: Logits, rule: Rule, surrogate: Surrogate) -> LogNormalizer:
     p = jnp.sum(w[..., None] * a, axis=0)
     total = jnp.sum(p, axis=1)
     p, w = p / total[:, None], w / total
-    curvature = jnp.sum(w[..., None] * a * (m - a), axis=0)
+    # A column of several classes has the sum of their equal shares.
+    share = a / jnp.maximum(logits.multiplicity, 1)
+    curvature = jnp.sum(w[..., None] * a * (m - share), axis=0)
     value = -np.euler_gamma - jnp.sum(w * m[..., 0] * s, axis=0)
     return LogNormalizer(value, p, curvature)

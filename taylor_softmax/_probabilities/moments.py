@@ -84,16 +84,21 @@ def _moments_jvp(
     return moments(mean, variance, surrogate, covariance), jax.jvp(shifted, primals, tangents)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def in_blocks(
     by_rule: Callable[[Logits, Rule, Surrogate], Result],
     mean: Array,
     variance: Array,
     surrogate: Surrogate,
+    count: int = 1,
 ) -> Result:
-    """What `by_rule` integrates for blocks of points, of points `(N, C)`, by fine enough rules."""
+    """What `by_rule` integrates for blocks of points, of points `(N, C)`, by fine enough rules.
+
+    Args:
+      count: how many classes each column stands for.
+    """
     n_points, n_classes = mean.shape
-    logits = _present(mean, variance)
+    logits = _present(mean, variance, count)
     if surrogate.is_shift_invariant:
         # Softmax does not see a shift; logits of 1e3 would lose digits.
         largest = jnp.max(logits.mean, axis=1, keepdims=True)
@@ -125,7 +130,7 @@ def in_blocks(
     return jax.tree.map(lambda x: x.reshape(n_blocks * size, *x.shape[2:])[restore], blocks)
 
 
-def _present(mean: Array, variance: Array) -> Logits:
+def _present(mean: Array, variance: Array, count: int) -> Logits:
     """Logits with absent classes given the moments of the likeliest one, which changes no rule."""
     present = ~jnp.isneginf(mean)
     likeliest = jnp.argmax(mean, axis=1)[:, None]
@@ -133,13 +138,16 @@ def _present(mean: Array, variance: Array) -> Logits:
         jnp.where(present, x, lax.stop_gradient(jnp.take_along_axis(x, likeliest, axis=1)))
         for x in (mean, variance)
     )
-    return Logits(mean, variance, present)
+    return Logits(mean, variance, jnp.where(present, float(count), 0.0).astype(mean.dtype))
 
 
 def integrand(
     logits: Logits, rule: Rule, surrogate: Surrogate, *, second: bool
 ) -> tuple[Array, Array, Tilted]:
-    """Nodes `s` `(outer, P)`, `w` times their weights, and tilted moments `(outer, P, C)`."""
+    """Nodes `s` `(outer, P)`, `w` times their weights, and tilted moments `(outer, P, C)`.
+
+    Those are summed over the classes that a column stands for, if it is more than one.
+    """
     n_classes = logits.mean.shape[1]
     s, weight = rules.outer_nodes(logits, rule, surrogate)
     # One long axis: loops over a short one are not vectorised.
@@ -152,7 +160,9 @@ def integrand(
         second=second,
     )
     shape = (rule.outer, *logits.mean.shape)
-    each = jax.tree.map(lambda x: jnp.where(logits.present, x.reshape(shape), 0), each)
+    each = jax.tree.map(
+        lambda x: jnp.where(logits.present, logits.multiplicity * x.reshape(shape), 0), each
+    )
     return s, weight * jnp.exp(jnp.sum(each.log_phi, axis=2)), each
 
 

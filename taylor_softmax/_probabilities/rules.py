@@ -75,12 +75,18 @@ class Logits(NamedTuple):
 
     Attributes:
       mean, variance: finite; of absent classes those of some class that is there.
-      present: False where the logit is `-inf`: the class is excluded.
+      multiplicity: how many classes each stands for, of independent logits alike; 0 where the logit
+        is `-inf`: the class is excluded.
     """
 
     mean: Array
     variance: Array
-    present: Array
+    multiplicity: Array
+
+    @property
+    def present(self) -> Array:
+        """Whether there is a class at all, `(P, C)`."""
+        return self.multiplicity > 0
 
 
 def for_surrogate(surrogate: Surrogate) -> tuple[Rule, ...]:
@@ -101,13 +107,12 @@ def range_of_log_f(
 
 def _log_count(logits: Logits) -> Array:
     """Logarithm of the number of classes that are there, `(P,)`: others change no node."""
-    count = jnp.sum(logits.present, axis=1, dtype=logits.mean.dtype)
-    return jnp.log(jnp.maximum(count, 1))
+    return jnp.log(jnp.maximum(jnp.sum(logits.multiplicity, axis=1), 1))
 
 
 def _bounds(logits: Logits, surrogate: Surrogate) -> tuple[Array, Array]:
     """Where in `s` the product `w` begins to fall, and is about to vanish; `(P, C)` to `(P,)`."""
-    mean, variance, present = logits
+    mean, variance, count = logits
     # The largest of many logits reaches farther than each.
     reach = jnp.sqrt(REACH**2 + 2 * _log_count(logits))[:, None]
     least, largest = range_of_log_f(mean, jnp.sqrt(variance), surrogate, reach)
@@ -116,7 +121,8 @@ def _bounds(logits: Logits, surrogate: Surrogate) -> tuple[Array, Array]:
         # 2 deviations more, the bend of u - exp(-u) would meet w where it falls: 1e-5 at 40 nodes.
         sigma = jnp.sqrt(variance)
         largest = jnp.minimum(largest, mean + variance / 2 + 2 * sigma)
-    largest, least = (jnp.where(present, x, -jnp.inf) for x in (largest, least))
+    largest = jnp.where(count > 0, largest + jnp.log(jnp.maximum(count, 1)), -jnp.inf)
+    least = jnp.where(count > 0, least, -jnp.inf)
     # w falls below any one phi: the class whose least plausible f is largest ends it.
     return -jax.nn.logsumexp(largest, axis=1), -jnp.max(least, axis=1)
 
