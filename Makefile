@@ -44,7 +44,7 @@ derivations: setup
 
 # The site in site/, strict, with its notebooks executed.
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.speed

@@ -9,6 +9,7 @@ from typing import Any
 
 import jupytext
 import latex2mathml.converter
+from jupyter_client import AsyncKernelManager
 from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
@@ -36,7 +37,8 @@ def executed(path: Path) -> Iterator[tuple[str, str | bytes]]:
     notebook = jupytext.read(path)
     # Figures into the page, whatever the environment says of a screen.
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3").execute(env=env)
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
+    NotebookClient(notebook, timeout=TIMEOUT, km=kernel).execute(env=env)
     exporter = MarkdownExporter()
     page, resources = exporter.from_notebook_node(
         notebook, {"unique_key": path.stem, "output_files_dir": path.stem}

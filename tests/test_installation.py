@@ -33,10 +33,11 @@ assert "site-packages" in taylor_softmax.__file__, taylor_softmax.__file__
 assert importlib.util.find_spec("tensorflow") is None
 value = float(taylor_softmax.class_covariance(400.0, 390.0, 400.0, n_classes=10))
 assert 0.05 < value < 0.1, value
+from jax.numpy import ones
 from taylor_softmax import stax
 
 kernel_fn = stax.serial(stax.Dense(8), stax.Softmax(infinite_width=True))[2]
-assert kernel_fn([[1.0, 2.0]], None, "ntk").shape == (1, 1)
+assert kernel_fn(ones((3, 2)), None, "ntk").shape == (3, 3)
 """
 
 

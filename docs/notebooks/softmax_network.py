@@ -90,7 +90,8 @@ sampled = {
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 for panel, (kind, title) in enumerate((("nngp", "NNGP"), ("ntk", "NTK"))):
     for i, (name, kernel) in enumerate(kernels.items()):
-        axes[panel].plot(angles, getattr(kernel, kind)[0], color=f"C{i}", label=name)
+        style = "-" if name in sampled else "--"
+        axes[panel].plot(angles, getattr(kernel, kind)[0], style, color=f"C{i}", label=name)
         if name in sampled:
             mean, error = sampled[name][panel]
             axes[panel].errorbar(angles, mean, 2 * error, fmt="o", ms=4, capsize=2, color=f"C{i}")

@@ -124,6 +124,7 @@ axis.errorbar(WIDTHS, means, 2 * np.array(errors), fmt="o", capsize=3, label="fi
 axis.axhline(exact, color="black", label="infinite width")
 axis.set(xscale="log", xlabel="channels, keys, four times the heads", ylabel="NNGP of two digits")
 axis.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+axis.minorticks_off()
 axis.legend()
 plt.show()
 
