@@ -1,10 +1,14 @@
 # Python 3.10 or later and make are all that these targets need; each sets up `.venv` first.
 PYTHON ?= python3
 VENV := .venv
-OLDEST := .venv-oldest
+# Of `make test-oldest`; another one with `make test-oldest JAX=0.5.3`.
+JAX := 0.4.38
+OLDEST := .venv-jax-$(JAX)
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 
-.PHONY: setup demo transformer test test-oldest check format derivations benchmark accuracy clean
+.PHONY: setup demo transformer test test-oldest test-install check format derivations docs benchmark \
+	accuracy build clean
 
 setup: $(VENV)/.installed
 
@@ -21,6 +25,10 @@ test: setup
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto -m core
 
+# Installs as the README says, and the wheel, in fresh environments: needs a network.
+test-install: setup
+	$(BIN)/python -m pytest -m install
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +42,10 @@ format: setup
 derivations: setup
 	$(BIN)/python -m derivations
 
+# The site in site/, strict, with its notebooks executed.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
 benchmark: setup
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.position_axis
@@ -45,8 +57,12 @@ benchmark: setup
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
 
+# Source distribution and wheel, in dist/.
+build: setup
+	$(BIN)/uv build
+
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) .venv-jax-* $(DOCS) dist site
 
 # uv reads `override-dependencies` from pyproject.toml, which keeps TensorFlow out; pip cannot.
 $(VENV)/.installed: pyproject.toml
@@ -59,5 +75,11 @@ $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --editable '.[dev]' \
-		'jax==0.4.38' 'jaxlib==0.4.38'
+		'jax==$(JAX)' 'jaxlib==$(JAX)'
+	touch $@
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet uv
+	$(DOCS)/bin/uv pip install --quiet --python $(DOCS)/bin/python --editable '.[docs]'
 	touch $@

@@ -20,6 +20,8 @@ from taylor_softmax._numerics.precision import einsum
 from taylor_softmax._numerics.statistics import Running, none_yet
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 
+__all__ = ["Estimate", "class_second_moment", "joint_second_moment"]
+
 # Numbers drawn at once, over all pairs: 32 MB in float64.
 _CHUNK = 1 << 22
 

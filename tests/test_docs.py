@@ -1,5 +1,6 @@
-"""Code in the README and in the docs runs as printed, and says what it claims."""
+"""Code in the README and in the docs runs as printed; the site has a page for all there is."""
 
+import importlib
 import pathlib
 import re
 
@@ -8,10 +9,16 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PUBLIC = ["taylor_softmax"] + [
+    f"taylor_softmax.{path.stem}"
+    for path in sorted((ROOT / "taylor_softmax").glob("*.py"))
+    if not path.stem.startswith("_")
+]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page, capsys):
     """All of a page, one after the other, in one namespace."""
     mktestdocs.check_md_file(page, memory=True)
@@ -34,3 +41,38 @@ def test_a_block_that_fails_is_noticed(tmp_path):
     page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError):
         mktestdocs.check_md_file(page, memory=True)
+
+
+def test_readme_is_short():
+    text = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text())
+    assert len(text.split()) <= 500
+
+
+def test_navigation_has_every_page():
+    """Notebooks are scripts here, and pages of the site."""
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    notebooks = {f"notebooks/{path.stem}.md" for path in (DOCS / "notebooks").glob("*.py")}
+    named = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(notebooks) == 3
+    assert sorted(named) == sorted(pages | notebooks)
+
+
+def test_site_shows_every_report():
+    reports = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    shown = {path.stem: path.read_text() for path in (DOCS / "reports").glob("*.md")}
+    assert reports == set(shown)
+    for name, text in shown.items():
+        assert f'"benchmarks/results/{name}.md"' in text
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_reference_has_every_public_name(module):
+    """As a member that mkdocstrings documents, a page of its own, or a name of neural_tangents."""
+    page = (DOCS / "reference" / f"{module.rpartition('.')[2]}.md").read_text()
+    assert f"::: {module}\n" in page
+    names = re.findall(r"^ {8}- (\w+)$", page, re.MULTILINE)
+    mentioned = re.findall(r"`(\w+)`|\[(\w+)\]\(", page)
+    names += [name for pair in mentioned for name in pair if name]
+    public = importlib.import_module(module).__all__
+    assert set(public) <= set(names)
+    assert len(set(public)) == len(public)
