@@ -7,7 +7,7 @@ OLDEST := .venv-jax-$(JAX)
 DOCS := .venv-docs
 BIN := $(VENV)/bin
 
-.PHONY: setup demo transformer test test-oldest test-install check format derivations docs benchmark \
+.PHONY: setup demo transformer test test-all test-oldest test-install check format derivations docs benchmark \
 	accuracy build clean
 
 setup: $(VENV)/.installed
@@ -20,6 +20,10 @@ transformer: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto
+
+# With the tests that take longest, too.
+test-all: setup
+	$(BIN)/python -m pytest -n auto -m 'not install'
 
 # The core of the suite on the oldest JAX that the library supports.
 test-oldest: $(OLDEST)/.installed
