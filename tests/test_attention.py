@@ -323,6 +323,7 @@ def test_tokens_in_another_order(options):
     np.testing.assert_allclose(permuted, expected, atol=limit * np.max(np.abs(nngp)))
 
 
+@pytest.mark.slow
 def test_inputs_with_others_and_with_themselves():
     x1, x2 = token_inputs(3, 4, 5), token_inputs(2, 4, 5)
     *_, kernel_fn = stax.serial(stax.Dense(1), attention_layer(W_query_std=1.5))
@@ -397,6 +398,7 @@ def test_causal_transformer_ends_in_its_last_token():
     assert np.all(np.isfinite(kernel.ntk))
 
 
+@pytest.mark.slow
 def test_compiled_and_differentiated():
     x = token_inputs(2, 3, 4, padding=False)
     x[0, 1] = x[0, 0]

@@ -72,7 +72,10 @@ LIMITS = {1.0: (0.05, 0.01), 10.0: (0.3, 0.03), 100.0: (1.0, 0.06)}
 
 
 @pytest.mark.parametrize("variance", LIMITS)
-@pytest.mark.parametrize(("n", "n_classes"), [(6, 2), (5, 3), (4, 5)])
+@pytest.mark.parametrize(
+    ("n", "n_classes"),
+    [(5, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((6, 2), (4, 5)))],
+)
 def test_against_importance_sampling(n, n_classes, variance):
     prior, labels, x = problem(n, n, n_classes, variance)
     posterior = predict.categorical_inference(prior, labels, n_classes=n_classes)
@@ -219,6 +222,7 @@ def test_float32():
     np.testing.assert_allclose(got, double(*k_test).probabilities, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_evidence_of_a_network():
     """`jax.grad` through `kernel_fn` to its scales, under `jit`; soft labels; a warm start."""
     rng = np.random.default_rng(7)

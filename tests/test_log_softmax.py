@@ -84,6 +84,7 @@ def test_sampling():
         assert np.all(np.abs(off) / stderr[:2] > 4.5)
 
 
+@pytest.mark.slow
 def test_mean_of_the_normaliser_of_equal_logits():
     variance = jnp.array([[0.0, 0.1], [1.0, 100.0]])
     for n in (1, 3, 100):
