@@ -230,7 +230,7 @@ def fuzz(size: int) -> str:
         line = [name(order), dtype, "yes" if all(row[2] for row in chosen) else "NO"]
         line += [f"{max(row[k] for row in chosen):.0e}" for k in (3, 4)]
         lines.append(line)
-    return table(["surrogate", "dtype", "all finite", "n |I| - 1", "below 0 (softmax)"], lines)
+    return table(["surrogate", "dtype", "all finite", "n abs(I) - 1", "below 0 (softmax)"], lines)
 
 
 def sampling(repetitions: int) -> str:

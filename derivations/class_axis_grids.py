@@ -72,8 +72,7 @@ def nodes(count: int) -> np.ndarray:
 
 
 def sigmas(of: Design) -> np.ndarray:
-    whole = np.sqrt(interpolant.LARGEST_VARIANCE)
-    v = (nodes(of.variances) + 1) / 2 * whole / (whole + of.knee)
+    v = (nodes(of.variances) + 1) / 2 * interpolant.span(of.knee, interpolant.LARGEST_VARIANCE)
     return of.knee * v / (1 - v)
 
 
@@ -367,9 +366,7 @@ def measure(surrogate: Surrogate, given: interpolant.Grid) -> np.ndarray:
     s, weight = np.polynomial.legendre.leggauss(16)
     s, weight = np.append(s - 1, s + 1) / 2, np.append(-weight, weight) / 2
     degrees = chebyshev.chebvander(np.append(s, 1.0), of.correlations - 1) @ given.correlation
-    whole = np.sqrt(interpolant.LARGEST_VARIANCE) / (
-        np.sqrt(interpolant.LARGEST_VARIANCE) + of.knee
-    )
+    whole = interpolant.span(of.knee, interpolant.LARGEST_VARIANCE)
 
     def rows(sigma: float) -> tuple[np.ndarray, np.ndarray]:
         v = sigma / (sigma + of.knee)

@@ -189,13 +189,10 @@ def tolerances(
     else:
         steps = [1e-6, 1e-6] if near else [2e-5, 2e-4]
     ends = [0.5 * np.log(1e4), 0.5 * np.log(LARGEST_VARIANCE)]
-    least = np.interp(np.log(sigma), ends, np.log(steps))
-    value, slope = (
-        np.exp(
-            np.maximum(least, np.interp(np.log(sigma), np.log(VARIANCES) / 2, np.log(known / 4)))
-        )
-        for known in grid(surrogate).errors[_group(n_classes)]
-    )
+    at, places = np.log(sigma), np.log(VARIANCES) / 2
+    least = np.interp(at, ends, np.log(steps))
+    known = np.log(grid(surrogate).errors[_group(n_classes)] / 4)
+    value, slope = (np.exp(np.maximum(least, np.interp(at, places, each))) for each in known)
     return value, slope
 
 
@@ -214,9 +211,9 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, *, near: bool) -> Lev
     (at,) = chebyshev.chebvander(class_coordinate(n_classes), len(given.classes) - 1)
     largest = NEAR if near else LARGEST_VARIANCE
     x, to_coefficients = chebyshev_rule(_NODES)
-    v = (x + 1) / 2 * _span(given.knee, largest)
+    v = (x + 1) / 2 * span(given.knee, largest)
     basis = chebyshev.chebvander(
-        2 * v / _span(given.knee, LARGEST_VARIANCE) - 1, len(given.variance) - 1
+        2 * v / span(given.knee, LARGEST_VARIANCE) - 1, len(given.variance) - 1
     )
     sigma = given.knee * v / (1 - v)
 
@@ -226,7 +223,7 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, *, near: bool) -> Lev
     of_value, of_slope = tolerances(surrogate, n_classes, largest, sigma, bits)
     diagonal = np.arange(_NODES)
     one = np.abs(slope.sum(0)[diagonal, diagonal])
-    scale = basis[:, : len(given.scale)] @ (given.scale @ at)
+    scale = basis @ (given.scale @ at)
     known = given.errors[_group(n_classes), 1] < WORST_SLOPE
     return Level(
         value=_cut(_mean_from_zero(slope), 1 / np.sqrt(of_value)),
@@ -239,7 +236,7 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, *, near: bool) -> Lev
     )
 
 
-def _span(knee: float, largest: float) -> float:
+def span(knee: float, largest: float) -> float:
     """`v` of the largest variance; Python's floats, which don't promote float32."""
     return math.sqrt(largest) / (math.sqrt(largest) + knee)
 
@@ -367,7 +364,7 @@ def _prepare(level: Level, variance: Array) -> _Input:
     # Beyond the largest variance q stays, and the rounding of the kinks goes on.
     inside = jnp.minimum(sigma, math.sqrt(level.largest))
     v = inside / (inside + level.knee)
-    x = jnp.minimum(2 * v / _span(level.knee, level.largest) - 1, 1.0)
+    x = jnp.minimum(2 * v / span(level.knee, level.largest) - 1, 1.0)
     basis = _chebyshev(x.ravel(), len(level.scale))
 
     def rows(coefficients: np.ndarray) -> Array:

@@ -75,14 +75,11 @@ class LogSoftmaxKernel(FiniteClassKernel):
 
     def mask(self, mask1: Any, mask2: Any) -> Any:
         """As the kernel of one class is masked, so is that of two."""
+        masked = Kernel.mask(self, mask1, mask2)
         if self.cross_nngp is None:
-            return Kernel.mask(self, mask1, mask2)
-        if self.cross_nngp is None:
-            return Kernel.mask(self, mask1, mask2)
+            return masked
         crossed = Kernel.mask(_as_kernel(self, self.cross_nngp, self.cross_ntk), mask1, mask2)
-        return Kernel.mask(self, mask1, mask2).replace(
-            cross_nngp=crossed.nngp, cross_ntk=crossed.ntk
-        )
+        return masked.replace(cross_nngp=crossed.nngp, cross_ntk=crossed.ntk)
 
 
 @no_type_check
