@@ -1,7 +1,7 @@
 """Class axis: what quadrature gives on the grids that the interpolants of the library start from.
 
 `python -m derivations.class_axis_grids [softmax 2 4 ...]` writes `taylor_softmax/_generated/
-class_axis_*.npz`: ten minutes for softmax, seconds to minutes for an order (all even ones to 32
+class_axis_*.npz`: minutes for softmax, and up to ten for an order (all even ones to 32
 without arguments). `tests/test_class_axis.py` computes a few entries anew.
 
 The integral is that of `taylor_softmax/_class_axis/integral.py`, written a second time, in NumPy:
@@ -24,7 +24,6 @@ from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._numerics.surrogate import _quadratic_factors as quadratic_factors
 
 TARGET = pathlib.Path(__file__).parents[1] / "taylor_softmax" / "_generated"
-ROUNDING = 0.8
 
 # Steps of the rules for polynomials, order 2 and others: in x; in z, where the roots of f are
 # closest to the axis, to which two classes are sensitive; and in log f.
@@ -36,35 +35,40 @@ class Design:
     """Of one grid.
 
     Attributes:
-      knee: `w` of the coordinate `sigma / (sigma + w)`.
+      coordinates: in which variances and correlations are sampled.
       variances, correlations, classes: numbers of Chebyshev nodes.
       packing: errors that packing may make of slopes at variances up to each of
         `interpolant.VARIANCES`.
     """
 
-    knee: float
+    coordinates: interpolant.Coordinates
     variances: int
     correlations: int
     classes: int
     packing: tuple[float, float, float, float]
 
 
-# For every order; the costly ones, which few use, on fewer nodes.
-PACKING = 1e-6, 1e-6, 1e-5, 1e-4
-DESIGNS = {
-    None: Design(5.0, 46, 46, 24, (3e-7, 3e-7, 1e-5, 1e-4)),
-    2: Design(2.0, 52, 44, 24, (3e-8, 3e-8, 3e-7, 3e-6)),
-    4: Design(2.0, 38, 44, 22, PACKING),
-    6: Design(2.0, 38, 34, 22, PACKING),
-    8: Design(4.0, 38, 44, 22, PACKING),
-    **{order: Design(4.0, 38, 34, 22, PACKING) for order in (10, 12, 14, 16, 20, 22)},
-    18: Design(6.0, 34, 28, 18, PACKING),
-    **{order: Design(6.0, 30, 24, 14, PACKING) for order in (24, 26, 28, 30, 32)},
-}
+def _design(order: int | None) -> Design:
+    """For every order; the costly ones, which few use, on fewer nodes.
+
+    An output at large variances changes from one class to another over a share 1 / order of the
+    logits (softmax: over a constant), which is what `smoothing` says. Over two classes slopes at
+    correlation 1 grow like the logarithm of the variance, for which `tail` has room; softmax does
+    without, and its million classes need nodes where sigma is about 5.
+    """
+    if order is None:
+        coordinates = interpolant.Coordinates(4.0, 0.0, 1.4, 0.0)
+        return Design(coordinates, 52, 48, 24, (3e-7, 3e-7, 1e-6, 1e-5))
+    knee, tail = (2.0, 0.2) if order == 2 else (3.0 if order <= 8 else 4.0, 0.05)
+    coordinates = interpolant.Coordinates(knee, tail, 0.8, 3 / order**2)
+    if order == 2:
+        return Design(coordinates, 44, 46, 24, (3e-8, 3e-8, 1e-7, 1e-6))
+    counts = (42, 44, 22) if order <= 8 else (36, 34, 18) if order <= 22 else (32, 30, 16)
+    return Design(coordinates, *counts, (1e-6, 1e-6, 3e-6, 1e-5))
 
 
 def design(surrogate: Surrogate) -> Design:
-    return DESIGNS[surrogate.order]
+    return _design(surrogate.order)
 
 
 def nodes(count: int) -> np.ndarray:
@@ -72,21 +76,13 @@ def nodes(count: int) -> np.ndarray:
 
 
 def sigmas(of: Design) -> np.ndarray:
-    v = (nodes(of.variances) + 1) / 2 * interpolant.span(of.knee, interpolant.LARGEST_VARIANCE)
-    return of.knee * v / (1 - v)
+    whole = of.coordinates.v(np.sqrt(interpolant.LARGEST_VARIANCE))
+    return of.coordinates.sigma((nodes(of.variances) + 1) / 2 * whole)
 
 
 def numbers_of_classes(of: Design) -> np.ndarray:
     low, high = (np.log(np.log(n) + 0.5) for n in (2, interpolant.LARGEST_N_CLASSES))
     return np.exp(np.exp(low + (high - low) * (nodes(of.classes) + 1) / 2) - 0.5)
-
-
-def correlation(s: np.ndarray, sigma1: float, sigma2: float) -> tuple[np.ndarray, np.ndarray]:
-    """The correlation at the coordinate `s`, and its derivative."""
-    x_one = sigma1 * sigma2 / np.sqrt((sigma1**2 + ROUNDING) * (sigma2**2 + ROUNDING))
-    t_one = x_one / (1 + np.sqrt(1 - x_one**2))
-    t = s * t_one
-    return 2 * t / (1 + t**2) / x_one, 2 * (1 - t**2) / (1 + t**2) ** 2 * t_one / x_one
 
 
 def slope(
@@ -287,16 +283,16 @@ def _log_f(z: np.ndarray, surrogate: Surrogate) -> tuple[np.ndarray, np.ndarray]
 
 
 def sample(surrogate: Surrogate) -> np.ndarray:
-    """`dI / ds`, `(v, v', s, n)`, at the nodes."""
+    """`w dI / d rho`, `(v, v', s, n)`, at the nodes."""
     of = design(surrogate)
     sigma, s, n = sigmas(of), nodes(of.correlations), numbers_of_classes(of)
     values = np.empty((sigma.size, sigma.size, s.size, n.size))
     for i in range(sigma.size):
         for j in range(i + 1):
-            rho, stretch = correlation(s, sigma[i], sigma[j])
+            rho, weight, _ = of.coordinates.correlation(s, sigma[i], sigma[j])
             for k in range(s.size):
                 each = slope(sigma[i], rho[k], sigma[j], n, surrogate)
-                values[i, j, k] = values[j, i, k] = each * (sigma[i] * sigma[j] * stretch[k])
+                values[i, j, k] = values[j, i, k] = each * (sigma[i] * sigma[j] * weight[k])
     return values
 
 
@@ -313,7 +309,12 @@ def pack(surrogate: Surrogate, slopes: np.ndarray) -> dict[str, np.ndarray]:
     sigma, n = sigmas(of), numbers_of_classes(of)
     by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(of.correlations)[1], slopes)
     i = np.arange(sigma.size)
-    squares = np.einsum("idn,d->in", by_degree[i, i], _from_zero(np.array([1.0]), of)[0])
+    squares = np.empty((sigma.size, n.size))
+    s, s_weight = _legendre_rule()
+    for each, at in enumerate(sigma):
+        _, weight, stretch = of.coordinates.correlation(s, at, at)
+        degrees = chebyshev.chebvander(s, of.correlations - 1)
+        squares[each] = (s_weight * stretch / weight) @ degrees @ by_degree[each, each]
     by_degree /= np.sqrt(squares[:, None, None] * squares[:, None])
     ends = np.log(np.sqrt(interpolant.VARIANCES))
     allowed = np.exp(np.interp(np.log(sigma), ends, np.log(of.packing)))
@@ -323,7 +324,8 @@ def pack(surrogate: Surrogate, slopes: np.ndarray) -> dict[str, np.ndarray]:
     def basis(axis: int) -> np.ndarray:
         unfolded = np.moveaxis(weighted, axis, 0).reshape(weighted.shape[axis], -1)
         vectors, squared, _ = np.linalg.svd(unfolded @ unfolded.T)
-        return vectors[:, np.sqrt(squared / unfolded.shape[1]) > 0.02]
+        # What is rare in the mean, such as two classes, may be all there is somewhere.
+        return vectors[:, np.sqrt(squared) > 0.02]
 
     bases = basis(0), basis(0), basis(2), basis(3)
     core = np.einsum("ijkl,ia,jb,kc,ld->abcd", weighted, *bases, optimize=True)
@@ -335,11 +337,13 @@ def pack(surrogate: Surrogate, slopes: np.ndarray) -> dict[str, np.ndarray]:
         rebuilt = np.einsum("abcd,ia,jb,kc,ld->ijkl", kept, *bases, optimize=True)
         left = np.max(np.sqrt(np.sum((rebuilt - weighted) ** 2, 2)))
         low, high = (middle, high) if left < 1 else (low, middle)
+    assert low > 1e-2, "the bases leave more than the design allows"
     unit = low / 2
     rows, columns = np.triu_indices(core.shape[0])
     integers = np.round(np.where(np.abs(core) > low, core, 0) / unit)[rows, columns]
     planes = integers.astype("<i8").reshape(-1, 1).view(np.uint8).T
-    logarithm = np.log(np.sqrt(squares) * ((sigma + of.knee) / sigma)[:, None] * np.sqrt(n))
+    reduced = np.sqrt(squares) / of.coordinates.saturation(sigma)[:, None]
+    logarithm = np.log(reduced * np.sqrt(n))
     return {
         "core": np.ascontiguousarray(planes),
         "unit": np.asarray(unit),
@@ -347,50 +351,59 @@ def pack(surrogate: Surrogate, slopes: np.ndarray) -> dict[str, np.ndarray]:
         "correlation": bases[2],
         "classes": chebyshev_rule(of.classes)[1] @ bases[3],
         "scale": chebyshev_rule(of.variances)[1] @ logarithm @ chebyshev_rule(of.classes)[1].T,
-        "knee": np.asarray(of.knee),
-        "rounding": np.asarray(ROUNDING),
+        "coordinates": np.asarray(of.coordinates),
     }
 
 
-def _from_zero(s: np.ndarray, of: Design) -> np.ndarray:
-    """`int_0^s T_d`, `(s, d)`."""
-    return chebyshev.chebval(s, chebyshev.chebint(np.eye(of.correlations), lbnd=0)).T
+def _legendre_rule(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """On [0, 1]."""
+    s, weight = np.polynomial.legendre.leggauss(count)
+    return (s + 1) / 2, weight / 2
 
 
 def measure(surrogate: Surrogate, given: interpolant.Grid) -> np.ndarray:
     """Twice the largest errors found off the nodes: `Grid.errors`."""
     of = design(surrogate)
     rng = np.random.default_rng(0)
-    n = np.array([[2.0, 3.0, 5.0], [10.0, 100.0, 1000.0], [1e4, 1e5, 9e5]])
+    n = np.array([[2, 2, 2], [3, 3, 4], [5, 7, 9], [10, 100, 1000], [1e4, 1e5, 9e5]])
     at = chebyshev.chebvander(interpolant.class_coordinate(n.ravel()), of.classes - 1)
-    s, weight = np.polynomial.legendre.leggauss(16)
-    s, weight = np.append(s - 1, s + 1) / 2, np.append(-weight, weight) / 2
-    degrees = chebyshev.chebvander(np.append(s, 1.0), of.correlations - 1) @ given.correlation
-    whole = interpolant.span(of.knee, interpolant.LARGEST_VARIANCE)
+    s, s_weight = _legendre_rule(14)
+    s = np.concatenate([-s, s, [-1, 1]])
+    s_weight = np.concatenate([s_weight, s_weight, [0, 0]])
+    degrees = chebyshev.chebvander(s, of.correlations - 1) @ given.correlation
+    whole = of.coordinates.v(np.sqrt(interpolant.LARGEST_VARIANCE))
 
     def rows(sigma: float) -> tuple[np.ndarray, np.ndarray]:
-        v = sigma / (sigma + of.knee)
-        (basis,) = chebyshev.chebvander(2 * v / whole - 1, of.variances - 1)
-        return basis @ given.variance, np.exp(basis @ given.scale @ at.T) * v
+        (basis,) = chebyshev.chebvander([2 * of.coordinates.v(sigma) / whole - 1], of.variances - 1)
+        q = np.exp(basis @ given.scale @ at.T) * of.coordinates.saturation(sigma)
+        return basis @ given.variance, q / np.sqrt(n.ravel())
+
+    def slopes(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+        core = np.einsum("a,abcd,b->cd", one, given.core, two, optimize=True)
+        return degrees @ core @ (at @ given.classes).T
+
+    def with_itself(sigma: float) -> np.ndarray:
+        one, _ = rows(sigma)
+        return slopes(one, one)[-1] / of.coordinates.correlation(s, sigma, sigma)[1][-1]
 
     def errors(sigma1: float, sigma2: float) -> np.ndarray:
         (one, q1), (two, q2) = rows(sigma1), rows(sigma2)
-        core = np.einsum("a,abcd,b->cd", one, given.core, two, optimize=True)
-        *found, last = degrees @ core @ (at @ given.classes).T
-        rho, stretch = correlation(s, sigma1, sigma2)
+        found = slopes(one, two)
+        unit = np.sqrt(with_itself(sigma1) * with_itself(sigma2))
+        rho, weight, stretch = of.coordinates.correlation(s, sigma1, sigma2)
         exact = np.array([slope(sigma1, r, sigma2, n.ravel(), surrogate) for r in rho])
-        wrong = found - exact * (sigma1 * sigma2 * stretch[:, None]) / (q1 * q2 / n.ravel())
-        halves = np.abs((weight[:, None] * wrong).reshape(2, -1, n.size).sum(1))
-        each = np.max(halves, 0), np.max(np.abs(wrong), 0) / last
+        wrong = (found / weight[:, None] - exact * (sigma1 * sigma2) / (q1 * q2)).T
+        halves = (s_weight * stretch * wrong)[:, :-2].reshape(n.size, 2, -1).sum(2)
+        each = np.max(np.abs(halves), 1), np.max(np.abs(wrong), 1) / unit
         return np.max(np.reshape(each, (2, *n.shape)), 2).T
 
     found = np.zeros((len(n), 2, len(interpolant.VARIANCES)))
     for k, top in enumerate(interpolant.VARIANCES):
-        low = np.log(interpolant.VARIANCES[k - 1] if k else 1e-3) / 2
-        for equal in (True, False) * 6:
-            sigma1 = np.exp(rng.uniform(low, np.log(top) / 2))
-            sigma2 = sigma1 if equal else np.exp(rng.uniform(np.log(0.03), np.log(sigma1)))
-            found[:, :, k] = np.maximum(found[:, :, k], errors(sigma1, sigma2))
+        low, high = np.log(interpolant.VARIANCES[k - 1] if k else 1e-3) / 2, np.log(top) / 2
+        for largest in (high, high, *rng.uniform(low, high, 5)):
+            for smallest in (largest, rng.uniform(np.log(0.03), largest)):
+                each = errors(np.exp(largest), np.exp(smallest))
+                found[:, :, k] = np.maximum(found[:, :, k], each)
     return 2 * np.maximum.accumulate(found, 2)
 
 
@@ -398,7 +411,7 @@ def main(arguments: list[str]) -> None:
     for each in arguments or ["softmax", *map(str, range(2, 34, 2))]:
         surrogate = parse(None if each == "softmax" else int(each))
         arrays: Any = pack(surrogate, sample(surrogate))
-        errors = measure(surrogate, interpolant.unpack({**arrays, "errors": np.zeros((3, 2, 4))}))
+        errors = measure(surrogate, interpolant.unpack({**arrays, "errors": np.zeros((5, 2, 4))}))
         np.savez_compressed(TARGET / interpolant.name(surrogate), **arrays, errors=errors)
         print(f"{interpolant.name(surrogate)} written", flush=True)
 

@@ -2,31 +2,40 @@
 
 For variances from 0 to 1e6, 2 to 1e6 classes, and one pair of inputs or ten million.
 
-As a function of `rho = c / sqrt(a b)` the covariance has root-like kinks at +-1, which the noise of
-the outputs rounds off over 1 / variance; they are regular in the coordinate
+As a function of `rho = c / sqrt(a b)` the covariance has kinks at +-1, like roots or logarithms,
+which the noise of the outputs rounds off over 1 / variance. As many Chebyshev nodes as resolve
+them are few in the coordinate
 
-    s = t / t_1,  t = x / (1 + sqrt(1 - x^2)),  x = c / sqrt((a + k)(b + k)),  t_1 = t at rho = 1,
+    s = y / y_1,  y = x + artanh x,  x = c / sqrt((a + k)(b + k)),  y_1 = y at rho = 1,
 
-the tangent of half the angle whose sine is x, which costs two roots and no arcsine. In
-`v = sigma / (sigma + w)` the variances from 0 to 1e6 are an interval. Sampled is the slope,
-`dI / ds`, which quadrature gives without cancellation (`integral`): with `q(a)^2 = I(a, a, a)`, the
-integral of it from 0 to 1, the quotient
+part of whose range is linear in rho and part logarithmic in the distance from the kinks: at
+variance 1e6, 50 nodes leave 1e-6 of the slope, and 8e-2 in the angle whose sine is x. Values, which
+the kinks bend less, take fewer terms in
 
-    K = (dI / ds) / (q(a) q(b)),   and   G = int_0^s K / s
+    r = t / t_1,  t = x / (1 + sqrt(1 - x^2)),  t_1 = t at rho = 1,
 
-are of order 1 at every variance, `dI / dc = q q' (ds / dc) K` and `I = q q' s G`. A value
-integrated from slopes is better than they are; a slope differentiated from values would lose a
-factor of the degree squared.
+the tangent of half that angle. Variances from 0 to 1e6 are an interval in
+
+    v = sigma / (sigma + w) + h log(1 + sigma / w).
+
+Sampled is the slope, `dI / d rho`, which quadrature gives without cancellation (`integral`). With
+`q(a)^2 = I(a, a, a)`, the integral of it from 0 to 1, and a weight that takes the pole of its limit
+away, `W^2 = 1 - rho^2` but for what the noise adds, the quotients
+
+    K = W (dI / d rho) / (q(a) q(b))   and   G = I / (q(a) q(b) r)
+
+are of order 1 at every variance. A value integrated from slopes is better than they are; a slope
+differentiated from values would lose a factor of the degree squared.
 
 What quadrature gives at the nodes of a grid in v, v', s and the number of classes comes with the
 package (`derivations` writes it). Here it is put together for one number of classes and a range of
 variances, once per process, with NumPy: for every degree in s the coefficients are a symmetric
 matrix in the two variances of low rank, so that
 
-    K = sum_d T_d(s) sum_r +-f_dr(v) f_dr(v'),
+    K = sum_d T_d(s) sum_i +-f_di(v) f_di(v'),
 
 and G likewise, cut off where the error, measured on the grid, reaches the tolerance. They have
-terms of their own: G needs half as many, and XLA on a CPU puts value and slope in separate loops,
+terms of their own: G needs fewer, and XLA on a CPU puts value and slope in separate loops,
 so that shared terms would be summed twice.
 """
 
@@ -61,13 +70,82 @@ WORST_SLOPE = 0.1
 
 # Up to which errors are told apart: variances, and numbers of classes.
 VARIANCES = 20.0, NEAR, 1e4, LARGEST_VARIANCE
-GROUPS = 9, 1000, LARGEST_N_CLASSES
+GROUPS = 2, 4, 9, 1000, LARGEST_N_CLASSES
 
 # What rows of factors may take of a core's cache.
 _CACHED_BYTES = 1 << 21
 
 # Nodes per variance on which terms are found and errors measured.
-_NODES = 36
+_NODES = 48
+
+# Degrees in r that values have before they are cut off.
+_VALUE_NODES = 60
+
+
+class Coordinates(NamedTuple):
+    """In which variances and correlations are sampled.
+
+    Attributes:
+      knee, tail: `w` and `h` of the coordinate v.
+      rounding: `k` of x.
+      smoothing: `l` of the weight, `W^2 = 1 - c^2 / ((a + l a + k)(b + l b + k))`.
+    """
+
+    knee: float
+    tail: float
+    rounding: float
+    smoothing: float
+
+    def saturation(self, sigma: Any) -> Any:
+        return sigma / (sigma + self.knee)
+
+    def v(self, sigma: Any, log1p: Any = np.log1p) -> Any:
+        return self.saturation(sigma) + self.tail * log1p(sigma / self.knee)
+
+    def sigma(self, v: np.ndarray) -> np.ndarray:
+        """The inverse of `v`, by Newton's method in the logarithm of `1 + sigma / w`."""
+        # Concave, and steepest at 0: every step stays below the root.
+        logarithm = np.zeros_like(v)
+        for _ in range(60):
+            decay = np.exp(-logarithm)
+            missing = v - (1 - decay + self.tail * logarithm)
+            logarithm = logarithm + missing / (decay + self.tail)
+        return self.knee * np.expm1(logarithm)
+
+    def correlation(
+        self, s: np.ndarray, sigma1: Any, sigma2: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The correlation at the coordinate `s`, the weight there, and `d rho / d s`."""
+        share1, share2 = self.weight_share(sigma1**2), self.weight_share(sigma2**2)
+        rest_weight = share1 + share2 - share1 * share2
+        x_one = self._x_one(sigma1, sigma2)
+        y_one = x_one + np.arctanh(x_one)
+        y = np.abs(s) * y_one
+        # `tanh z + z = y`, from below as above.
+        z = y / 2
+        for _ in range(8):
+            z = z + (y - np.tanh(z) - z) / (1 + 1 / np.cosh(z) ** 2)
+        rest = 1 / np.cosh(z) ** 2
+        rho = np.minimum(np.tanh(z) / x_one, 1)
+        weight = np.sqrt(rest_weight + (1 - rest_weight) * (1 - rho) * (1 + rho))
+        return np.sign(s) * rho, weight, y_one / x_one * rest / (1 + rest)
+
+    def s(self, r: np.ndarray, sigma1: Any, sigma2: Any) -> np.ndarray:
+        """The coordinate s at the coordinate r."""
+        x_one = self._x_one(sigma1, sigma2)
+        t = r * x_one / (1 + np.sqrt(1 - x_one**2))
+        return (2 * t / (1 + t**2) + 2 * np.arctanh(t)) / (x_one + np.arctanh(x_one))
+
+    def _x_one(self, sigma1: Any, sigma2: Any) -> Any:
+        return sigma1 * sigma2 / np.sqrt((sigma1**2 + self.rounding) * (sigma2**2 + self.rounding))
+
+    def share(self, variance: Any) -> Any:
+        """What `rounding` makes of a variance with it."""
+        return self.rounding / (variance + self.rounding)
+
+    def weight_share(self, variance: Any) -> Any:
+        more = self.rounding + self.smoothing * variance
+        return more / (variance + more)
 
 
 class Grid(NamedTuple):
@@ -79,10 +157,8 @@ class Grid(NamedTuple):
       correlation: `(degrees in s, S)`.
       classes: `(degrees in the number of classes, N)`.
       scale: `log(q (sigma + w) sqrt(n) / sigma)`, `(degrees in v, degrees in n)`.
-      knee: `w`.
-      rounding: `k`.
       errors: of value and slope, relative to those at correlation 1, for numbers of classes up to
-        each of `GROUPS` and variances up to each of `VARIANCES`, `(3, 2, 4)`: twice the largest
+        each of `GROUPS` and variances up to each of `VARIANCES`, `(5, 2, 4)`: twice the largest
         found off the nodes when the grid was made.
     """
 
@@ -91,8 +167,7 @@ class Grid(NamedTuple):
     correlation: np.ndarray
     classes: np.ndarray
     scale: np.ndarray
-    knee: float
-    rounding: float
+    coordinates: Coordinates
     errors: np.ndarray
 
 
@@ -118,7 +193,6 @@ class Level(NamedTuple):
       scale: Chebyshev coefficients of `log(q (sigma + w) sqrt(n) / sigma)` in v.
       largest: variance.
       slopes_to: largest variance at which slopes are known to `WORST_SLOPE`.
-      knee, rounding: as in `Grid`.
     """
 
     value: ProductSum
@@ -126,8 +200,7 @@ class Level(NamedTuple):
     scale: np.ndarray
     largest: float
     slopes_to: float
-    knee: float
-    rounding: float
+    coordinates: Coordinates
 
 
 def name(surrogate: Surrogate) -> str:
@@ -164,8 +237,7 @@ def unpack(stored: Mapping[str, np.ndarray]) -> Grid:
         stored["correlation"],
         stored["classes"],
         stored["scale"],
-        float(stored["knee"]),
-        float(stored["rounding"]),
+        Coordinates(*stored["coordinates"].tolist()),
         stored["errors"],
     )
 
@@ -185,7 +257,7 @@ def tolerances(
     elif surrogate.has_closed_form:
         steps = [3e-8, 3e-8] if near else [3e-7, 3e-6]
     elif surrogate.order is None:
-        steps = [3e-7, 3e-7] if near else [2e-5, 2e-4]
+        steps = [2e-7, 3e-7] if near else [2e-5, 2e-4]
     else:
         steps = [1e-6, 1e-6] if near else [2e-5, 2e-4]
     ends = [0.5 * np.log(1e4), 0.5 * np.log(LARGEST_VARIANCE)]
@@ -211,11 +283,10 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, *, near: bool) -> Lev
     (at,) = chebyshev.chebvander(class_coordinate(n_classes), len(given.classes) - 1)
     largest = NEAR if near else LARGEST_VARIANCE
     x, to_coefficients = chebyshev_rule(_NODES)
-    v = (x + 1) / 2 * span(given.knee, largest)
-    basis = chebyshev.chebvander(
-        2 * v / span(given.knee, LARGEST_VARIANCE) - 1, len(given.variance) - 1
-    )
-    sigma = given.knee * v / (1 - v)
+    v = (x + 1) / 2 * given.coordinates.v(math.sqrt(largest))
+    whole = given.coordinates.v(math.sqrt(LARGEST_VARIANCE))
+    basis = chebyshev.chebvander(2 * v / whole - 1, len(given.variance) - 1)
+    sigma = given.coordinates.sigma(v)
 
     by_degree = np.einsum("ds,ijs->dij", given.correlation, given.core @ (at @ given.classes))
     factors = basis @ given.variance
@@ -226,19 +297,13 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, *, near: bool) -> Lev
     scale = basis @ (given.scale @ at)
     known = given.errors[_group(n_classes), 1] < WORST_SLOPE
     return Level(
-        value=_cut(_mean_from_zero(slope), 1 / np.sqrt(of_value)),
+        value=_cut(_integrated(slope, sigma, given.coordinates), 1 / np.sqrt(of_value)),
         slope=_cut(slope, 1 / np.sqrt(of_slope * one)),
         scale=to_coefficients @ (scale - np.log(n_classes) / 2),
         largest=largest,
         slopes_to=(0.0, *VARIANCES)[np.sum(known)],
-        knee=given.knee,
-        rounding=given.rounding,
+        coordinates=given.coordinates,
     )
-
-
-def span(knee: float, largest: float) -> float:
-    """`v` of the largest variance; Python's floats, which don't promote float32."""
-    return math.sqrt(largest) / (math.sqrt(largest) + knee)
 
 
 def error(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> tuple[float, float]:
@@ -287,12 +352,20 @@ def _cut(matrices: np.ndarray, weight: np.ndarray) -> ProductSum:
     return ProductSum(tuple(map(int, ranks)), signs, factors @ to_coefficients.T)
 
 
-def _mean_from_zero(slope: np.ndarray) -> np.ndarray:
-    """`int_0^s K / s` from K, both `(degree, v, v)`: a polynomial of the same degree."""
+def _integrated(slope: np.ndarray, sigma: np.ndarray, of: Coordinates) -> np.ndarray:
+    """G from K, both `(degree, v, v)`, G in degrees of r."""
+    rows, columns = np.triu_indices(sigma.size)
+    sigma1, sigma2 = sigma[rows], sigma[columns]
     s, to_coefficients = chebyshev_rule(2 * len(slope))
-    integral = chebyshev.chebint(slope, lbnd=0)
-    at = chebyshev.chebvander(s, len(integral) - 1) / s[:, None]
-    return np.tensordot(to_coefficients @ at, integral, 1)[: len(slope)]
+    _, weight, stretch = of.correlation(s[:, None], sigma1, sigma2)
+    slope = chebyshev.chebvander(s, len(slope) - 1) @ slope[:, rows, columns]
+    integral = chebyshev.chebint(to_coefficients @ (slope * stretch / weight), lbnd=0)
+    r, to_coefficients = chebyshev_rule(_VALUE_NODES)
+    at = of.s(r[:, None], sigma1, sigma2)
+    mean = to_coefficients @ (chebyshev.chebval(at, integral, tensor=False) / r[:, None])
+    out = np.empty((r.size, sigma.size, sigma.size))
+    out[:, rows, columns] = out[:, columns, rows] = mean
+    return out
 
 
 def evaluate(
@@ -349,8 +422,11 @@ def _partial(function: Any, i: int, fused: bool, *arguments: Array) -> Any:
 class _Input(NamedTuple):
     """What one of the two inputs brings: `(z, x)`, and rows of terms `(degree, rank, z, x)`."""
 
+    variance: Array
     inverse_sigma: Array
+    x: Array
     share: Array
+    weight_share: Array
     value: Array
     slope: Array
 
@@ -363,18 +439,22 @@ def _prepare(level: Level, variance: Array) -> _Input:
     sigma = jnp.sqrt(variance)
     # Beyond the largest variance q stays, and the rounding of the kinks goes on.
     inside = jnp.minimum(sigma, math.sqrt(level.largest))
-    v = inside / (inside + level.knee)
-    x = jnp.minimum(2 * v / span(level.knee, level.largest) - 1, 1.0)
+    of = level.coordinates
+    v = of.v(inside, jnp.log1p)
+    x = jnp.minimum(2 * v / float(of.v(math.sqrt(level.largest))) - 1, 1.0)
     basis = _chebyshev(x.ravel(), len(level.scale))
 
     def rows(coefficients: np.ndarray) -> Array:
         flat = jnp.asarray(coefficients.reshape(-1, len(level.scale)), v.dtype)
         return matmul(flat, basis).reshape(*coefficients.shape[:-1], *v.shape)
 
-    q = jnp.exp(rows(level.scale)) * v
+    q = jnp.exp(rows(level.scale)) * of.saturation(inside)
     return _Input(
+        variance,
         1 / sigma,
-        level.rounding / (variance + level.rounding),
+        jnp.sqrt(variance / (variance + of.rounding)),
+        of.share(variance),
+        of.weight_share(variance),
         q * rows(level.value.factors),
         q / sigma * rows(level.slope.factors),
     )
@@ -423,18 +503,40 @@ def _of_block(
     level: Level, clenshaw: Any, one: _Input, cov12: Array, two: _Input
 ) -> tuple[Array, Array]:
     rho = cov12 * one.inverse_sigma[:, :, None] * two.inverse_sigma[:, None]
-    share1, share2 = one.share[:, :, None], two.share[:, None]
-    # 1 - x^2 at rho = 1, and at rho: sums of positive terms, unless rounding takes rho beyond 1.
-    rest_one = share1 + share2 - share1 * share2
-    x_one_squared = 1 - rest_one
-    rest = jnp.maximum(rest_one + x_one_squared * ((1 - rho) * (1 + rho)), rest_one / 2)
-    root = jnp.sqrt(rest)
-    stretch = (1 + jnp.sqrt(rest_one)) / (1 + root)
-    s = rho * stretch
-    s_slope = stretch * (1 + x_one_squared * rho**2 / (root * (1 + root)))
-    value = clenshaw(level.value, one.value, two.value, s)
+    # Quotients, which are 1 where an input meets itself: at variance 1e6 an ulp of float32 less
+    # makes 5 % of the slope.
+    off = 1 - (cov12 / one.variance[:, :, None]) * (cov12 / two.variance[:, None])
+
+    def rests(share1: Array, share2: Array) -> tuple[Array, Array]:
+        """`1 - x^2` at rho = 1, and at rho: positive terms, unless rounding takes rho beyond 1."""
+        share1, share2 = share1[:, :, None], share2[:, None]
+        at_one = share1 + share2 - share1 * share2
+        return at_one, jnp.maximum(at_one + (1 - at_one) * off, at_one / 2)
+
+    at_one, rest = rests(one.share, two.share)
+    x_one = one.x[:, :, None] * two.x[:, None]
+    r = rho * ((1 + jnp.sqrt(at_one)) / (1 + jnp.sqrt(rest)))
+    s = _y(rho * x_one, rest) / _y(x_one, at_one)
+    if level.coordinates.smoothing:
+        _, rest = rests(one.weight_share, two.weight_share)
+    value = clenshaw(level.value, one.value, two.value, r)
     slope = clenshaw(level.slope, one.slope, two.slope, s)
-    return s * value, s_slope * slope
+    return r * value, lax.rsqrt(rest) * slope
+
+
+@jax.custom_jvp
+def _y(x: Array, rest: Array) -> Array:
+    """`x + artanh x`, given `rest = 1 - x^2`."""
+    size = jnp.abs(x)
+    return x + 0.5 * jnp.sign(x) * jnp.log1p(2 * size * (1 + size) / rest)
+
+
+@_y.defjvp
+def _y_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # The derivative of `artanh x = arsinh(x / sqrt(rest))`, which is smooth at 0.
+    (x, rest), (x_dot, rest_dot) = primals, tangents
+    along = (x_dot - 0.5 * x * rest_dot / rest) * lax.rsqrt(rest + x * x)
+    return _y(x, rest), x_dot + along
 
 
 def _fused(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
