@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.arguments import Validated, as_real, check_boolean
 from taylor_softmax._numerics.precision import log_tiny
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.nn import log_taylor_softmax
@@ -58,7 +58,8 @@ def cross_entropy(
     """
     log_probabilities = _log_probabilities(parse(order), probabilities, margin)
 
-    def loss(fx: Array, y: Array) -> Array:
+    def loss(fx: Validated[Array], y: Validated[Array]) -> Array:
+        (fx, y), dtype = as_real(fx=fx, y=y)
         if jnp.shape(fx) != jnp.shape(y):
             raise ValueError(
                 f"`y` must have the shape of `fx`, {jnp.shape(fx)}, got {jnp.shape(y)}. Pass "
@@ -67,7 +68,7 @@ def cross_entropy(
         log_p = log_probabilities(fx)
         # Where the target is 0 the term is, also of a class that can't be: 0 times -inf is not.
         terms = y * jnp.where((y == 0) & jnp.isneginf(log_p), 0, log_p)
-        return -jnp.mean(jnp.sum(terms, axis=-1))
+        return -jnp.mean(jnp.sum(terms, axis=-1)).astype(dtype)
 
     return loss
 
@@ -76,8 +77,7 @@ def _log_probabilities(
     surrogate: Surrogate, probabilities: Any, margin: Any
 ) -> Callable[[Array], Array]:
     """What takes outputs to `log p`, or what is wrong with the arguments of the loss."""
-    if not isinstance(probabilities, bool):
-        raise TypeError(f"`probabilities` must be a boolean, got {probabilities!r}.")
+    probabilities = check_boolean("probabilities", probabilities)
     if isinstance(margin, bool) or not isinstance(margin, int | float):
         raise TypeError(f"`margin` must be a number, got {margin!r}.")
     if not 0 <= margin < math.inf:

@@ -15,6 +15,7 @@ from taylor_softmax._numerics.arguments import (
     broadcast_covariances,
     check_integer,
     check_n_classes,
+    check_pairs,
 )
 from taylor_softmax._numerics.precision import einsum
 from taylor_softmax._numerics.statistics import Running, none_yet
@@ -71,7 +72,8 @@ def class_second_moment(
     n_classes, surrogate = check_n_classes(n_classes), parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
     arrays, dtype = as_real(var1=var1, cov12=cov12, var2=var2)
-    shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
+    valid = check_pairs(*arrays)
+    shape = valid.shape
     var1, cov12, var2 = (jnp.broadcast_to(x, shape).reshape(-1) for x in arrays)
 
     root = jnp.sqrt(var1)
@@ -84,7 +86,8 @@ def class_second_moment(
         key, factors, _draw_classes, (var1.size, n_classes), surrogate, n_samples, _CHUNK
     )
     shape = *shape, n_classes, n_classes
-    return Estimate(*(x.reshape(shape).astype(dtype) for x in estimate))
+    found = (jnp.where(valid[..., None, None], x.reshape(shape), jnp.nan) for x in estimate)
+    return Estimate(*(x.astype(dtype) for x in found))
 
 
 def joint_second_moment(

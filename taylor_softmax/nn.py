@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from taylor_softmax._numerics.arguments import Validated, as_real
+from taylor_softmax._numerics.arguments import Validated, as_real, check_axes, fits
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 
 __all__ = ["log_taylor_softmax", "taylor_softmax"]
@@ -27,7 +27,7 @@ def taylor_softmax(
 
     Of de Brebisson & Vincent 2016 (arXiv 1511.05042, eq. 5). Values and gradients are finite for
     `|z|` up to 1e37, at every order. A logit of `-inf` excludes its class, whatever the order.
-    float16 and bfloat16 are computed in float32.
+    float16 and bfloat16 are computed in float32. NaN and infinity make a row NaN.
 
     Differs from other implementations, which sum powers: those of odd order can be negative, or
     divide by 0, and are refused; `f` is a product of positive quadratics, so that float32 keeps its
@@ -43,11 +43,11 @@ def taylor_softmax(
       Of the shape of `z`; where nothing is left of a row, zeros.
 
     Raises:
-      TypeError: `z` is not real, or `order` not an integer.
-      ValueError: `order` is odd or below 2.
+      TypeError: `z` is not real, `order` or `axis` not an integer, or `where` not boolean.
+      ValueError: `order` is odd or below 2, `axis` is out of range, or `where` does not broadcast.
       NotImplementedError: `order` is beyond 32.
     """
-    surrogate, z, present, dtype = _prepare(z, order, where)
+    surrogate, z, axis, present, dtype = _prepare(z, order, axis, where)
     return surrogate.softmax(z, axis=axis, where=present).astype(dtype)
 
 
@@ -61,18 +61,27 @@ def log_taylor_softmax(
 
     Arguments and errors are those of `taylor_softmax`; what `where` excludes is `-inf`.
     """
-    surrogate, z, present, dtype = _prepare(z, order, where)
+    surrogate, z, axis, present, dtype = _prepare(z, order, axis, where)
     log_f = surrogate.log_value(z)
     log_sum = jax.nn.logsumexp(log_f, axis=axis, keepdims=True, where=present)
     return jnp.where(present, log_f - jnp.where(present, log_sum, 0), -jnp.inf).astype(dtype)
 
 
-def _prepare(z: Any, order: Any, where: Any) -> tuple[Surrogate, Array, Array, Any]:
-    """The surrogate, finite logits, which of them there are, and the dtype of the result."""
-    surrogate = parse(order)
+def _prepare(
+    z: Any, order: Any, axis: Any, where: Any
+) -> tuple[Surrogate, Array, int | tuple[int, ...], Array, Any]:
+    """The surrogate, finite logits, axes, which logits there are, and the dtype of the result."""
+    surrogate, axis = parse(order), check_axes(axis)
     (z,), dtype = as_real(z=z)
+    if any(not -z.ndim <= i < z.ndim for i in (axis if isinstance(axis, tuple) else (axis,))):
+        raise ValueError(f"`axis={axis!r}` is out of range for `z` of shape {z.shape}.")
     present = ~jnp.isneginf(z)
     if where is not None:
-        present = present & jnp.asarray(where, bool)
+        (where,), _ = as_real(where=where)
+        if not fits(where.shape, z.shape):
+            raise ValueError(
+                f"`where` must broadcast to the shape {z.shape} of `z`, got {where.shape}."
+            )
+        present = present & (where != 0)
     # Before anything is computed: what is excluded has gradient 0, not that of an infinity.
-    return surrogate, jnp.where(present, z, 0), present, dtype
+    return surrogate, jnp.where(present, z, 0), axis, present, dtype

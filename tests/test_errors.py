@@ -27,7 +27,7 @@ def test_look_up_at_the_edges():
     value, slope = errors.class_axis(parse(None), 10)
     assert errors.promised(value, 100.0) == 1e-6
     assert errors.promised(value, 100.1) == 1e-4
-    assert errors.promised(slope, 1e4, np.float32) == 1e-3
+    assert errors.promised(slope, 1e4, np.float32) == 5e-4
     assert errors.class_axis(parse(None), 1001) != (value, slope)
     few, many = (errors.class_axis(parse(4), n) for n in (9, 10))
     assert few != many

@@ -56,6 +56,35 @@ def test_class_posterior_of_gp_inference_and_at_training_points(ensemble):
     np.testing.assert_allclose(posterior.probabilities, jax.nn.softmax(y_train), atol=1e-6)
 
 
+def test_class_posterior_of_classes_that_covary(ensemble):
+    """Kernels with `trace_axes=()`: of classes with a covariance of their own, and of none."""
+    predict_fn, kernel_fn, x_train, y_train, x_test = ensemble
+    classes = jnp.array([[1.0, 0.6, 0.1], [0.6, 1.0, 0.3], [0.1, 0.3, 1.0]])
+
+    def posterior(classes, at):
+        full = [
+            jnp.einsum("ij,kl->ijkl", kernel_fn(*each, "nngp"), classes)
+            for each in ((x_train, None), (at, x_train), (at, None))
+        ]
+        inference = nt.predict.gp_inference(full[0], y_train, trace_axes=())
+        return inference("nngp", full[1], full[2])
+
+    gaussian = posterior(classes, x_test)
+    assert gaussian.covariance.shape == (6, 6, 3, 3)
+    got = predict.class_posterior(gaussian)
+    want = predict.class_probabilities(
+        gaussian.mean, covariance=jnp.einsum("iikl->ikl", gaussian.covariance)
+    )
+    np.testing.assert_allclose(got.probabilities, want, atol=1e-12)
+    independent = predict.class_posterior(posterior(jnp.eye(3), x_test))
+    same = predict.class_posterior(predict_fn(x_test=x_test, get="nngp", compute_cov=True))
+    np.testing.assert_allclose(independent.probabilities, same.probabilities, atol=1e-8)
+    assert np.max(np.abs(got.probabilities - same.probabilities)) > 1e-3
+    # At training points covariances are rounding errors, of either sign.
+    certain = predict.class_posterior(posterior(classes, x_train)).probabilities
+    np.testing.assert_allclose(certain, jax.nn.softmax(y_train), atol=1e-5)
+
+
 def test_class_posterior_says_what_to_pass(ensemble):
     predict_fn, *_, x_test = ensemble
     both = predict_fn(x_test=x_test, get=("nngp", "ntk"), compute_cov=True)
@@ -66,7 +95,7 @@ def test_class_posterior_says_what_to_pass(ensemble):
     gaussian = both.ntk
     for wrong in (
         gaussian._replace(covariance=jnp.ones((6, 5))),
-        gaussian._replace(covariance=jnp.ones((6, 6, 3, 3))),
+        gaussian._replace(covariance=jnp.ones((6, 6, 3, 2))),
         gaussian._replace(mean=jnp.ones(6)),
     ):
         with pytest.raises(ValueError, match=r"`gaussian`.*\(\.\.\., N, N\)"):

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taylor_softmax._class_axis import integral, interpolant
-from taylor_softmax._numerics.arguments import Validated, as_real, check_n_classes
+from taylor_softmax._numerics.arguments import Validated, as_real, check_n_classes, check_pairs
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
@@ -75,18 +75,20 @@ def class_covariance(
       `I`, of the shape that the arguments broadcast to.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: `n_classes`, `order` or `method` is not one of
-        the above.
+      TypeError, ValueError, NotImplementedError: an argument is not one of the above: variances
+        negative or not finite, a covariance beyond `sqrt(a b)` by more than rounding. Where values
+        are traced, those entries are NaN.
     """
     surrogate = parse(order)
     arrays, dtype = as_real(var1=var1, cov12=cov12, var2=var2)
+    valid = check_pairs(*arrays)
     ((covariance, _),) = covariances(
         [Pairs(*arrays)],
         n_classes=check_n_classes(n_classes),
         surrogate=surrogate,
         method=check_method(method, surrogate),
     )
-    return covariance.astype(dtype)
+    return jnp.where(valid, covariance, jnp.nan).astype(dtype)
 
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:

@@ -21,9 +21,10 @@ from neural_tangents.stax import (
     supports_masking,
 )
 
+from taylor_softmax._layers.arguments import in_single_at_least
 from taylor_softmax._layers.finite import FiniteClassKernel
 from taylor_softmax._layers.spatial import SpatialLayout
-from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.arguments import Validated, check_boolean
 from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._position_axis import attention
@@ -117,8 +118,7 @@ def GlobalSelfAttention(
                 f"`attention_mechanism='SOFTMAX'`."
             )
         return nt_stax.GlobalSelfAttention(**given)
-    if not isinstance(causal, bool):
-        raise TypeError(f"`causal` must be a boolean, got {causal!r}.")
+    causal = check_boolean("causal", causal)
     surrogate = parse(order)
     mechanism = Mechanism(surrogate, causal, attention.check_method(method, surrogate))
     return _softmax_attention(given, mechanism)
@@ -149,6 +149,7 @@ def _softmax_attention(given: dict[str, Any], mechanism: Mechanism) -> Any:
         channel_axis=of.channel_axis,
         diagonal_spatial=Diagonal(input=Bool.NO),
     )
+    @in_single_at_least
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
         return of.kernel(k, attention.evaluate)
 

@@ -11,16 +11,15 @@ from neural_tangents.stax import Diagonal, layer, requires, supports_masking
 
 from taylor_softmax import _log_softmax
 from taylor_softmax._class_axis import covariance as class_axis
+from taylor_softmax._layers.arguments import check_batch_axis, in_single_at_least, resolve_axis
 from taylor_softmax._layers.finite import LogSoftmaxKernel, cast
 from taylor_softmax._layers.softmax import (
-    check_axis,
     check_gaussian,
     check_not_normalised,
     elementwise,
     pairs_of_inputs,
-    resolve_axis,
 )
-from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.arguments import Validated, check_axes
 from taylor_softmax._numerics.surrogate import Exponential
 from taylor_softmax.methods import Method
 from taylor_softmax.nn import log_taylor_softmax
@@ -71,7 +70,7 @@ def LogSoftmax(
       NotImplementedError: `kernel_fn` over other axes than that of the channels, or behind
         `LayerNorm`.
     """
-    check_axis(axis)
+    axis, batch_axis = check_axes(axis), check_batch_axis(batch_axis)
     method = class_axis.check_method(method, Exponential())
     log_softmax = _LogSoftmax(axis, batch_axis, method)
 
@@ -80,6 +79,7 @@ def LogSoftmax(
         return input_shape, ()
 
     @requires(batch_axis=batch_axis, diagonal_spatial=Diagonal())
+    @in_single_at_least
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
         return log_softmax.kernel(k)
 
@@ -97,8 +97,8 @@ class _LogSoftmax:
     def axes(self, ndim: int) -> tuple[int, ...]:
         return resolve_axis(self.axis, self.batch_axis, ndim)
 
-    def apply(self, params: tuple[()], inputs: Array, *, mask: Any = None, **kwargs: Any) -> Array:
-        axes = self.axes(inputs.ndim)
+    def apply(self, params: tuple[()], inputs: Any, *, mask: Any = None, **kwargs: Any) -> Array:
+        axes = self.axes(jnp.ndim(inputs))
         if mask is None:
             return log_taylor_softmax(inputs, axis=axes)
         # Not -inf, of which a dense layer would make NaN.

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,10 @@ from neural_tangents.stax import Bool, Diagonal, layer, requires, supports_maski
 from taylor_softmax import _infinite_width
 from taylor_softmax._class_axis import covariance as class_axis
 from taylor_softmax._class_axis.covariance import Pairs
+from taylor_softmax._layers.arguments import check_batch_axis, in_single_at_least, resolve_axis
 from taylor_softmax._layers.finite import FiniteClassKernel, NormalisedKernel, cast
 from taylor_softmax._layers.spatial import SpatialLayout
-from taylor_softmax._numerics.arguments import Validated
+from taylor_softmax._numerics.arguments import Validated, as_real, check_axes, check_boolean
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._position_axis import moments as position_axis
 from taylor_softmax.methods import Method, choose
@@ -59,7 +59,8 @@ def TaylorSoftmax(
     Taylor softmax is due to de Brebisson & Vincent 2016 (arXiv 1511.05042). Its kernel differs
     from that of softmax by more the larger the variance: use `Softmax` where softmax is meant.
 
-    Masks pass through unchanged. Masked positions leave the sum over spatial axes.
+    Masks pass through unchanged. Masked positions leave the sum over spatial axes. float16 and
+    bfloat16 are computed in float32, inputs and kernels alike.
 
     Args:
       order: of the Taylor polynomial; even, so that `f > 0`, and up to 32 over a finite axis. None,
@@ -100,12 +101,11 @@ def Softmax(
 
 
 def _softmax_layer(
-    order: Any, axis: Any, infinite_width: Any, batch_axis: int, method: Any
+    order: Any, axis: Any, infinite_width: Any, batch_axis: Any, method: Any
 ) -> InternalLayer:
-    if not isinstance(infinite_width, bool):
-        raise TypeError(f"`infinite_width` must be a boolean, got {infinite_width!r}.")
+    infinite_width = check_boolean("infinite_width", infinite_width)
     surrogate = parse(order, finite=not infinite_width)
-    check_axis(axis)
+    axis, batch_axis = check_axes(axis), check_batch_axis(batch_axis)
     if method is not None:
         # Whether the axis is that of classes only an input tells.
         if infinite_width:
@@ -121,10 +121,11 @@ def _softmax_layer(
         return input_shape, ()
 
     # Over the last axis the channels are meant, unless a kernel says that they are elsewhere.
-    over_channels = axis in (-1, (-1,), [-1])
+    over_channels = axis in (-1, (-1,))
     diagonal = Diagonal() if over_channels else Diagonal(input=Bool.NO)
 
     @requires(batch_axis=batch_axis, diagonal_spatial=diagonal)
+    @in_single_at_least
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
         return softmax.kernel(k)
 
@@ -144,14 +145,15 @@ class _Softmax:
     def axes(self, ndim: int) -> tuple[int, ...]:
         return resolve_axis(self.axis, self.batch_axis, ndim)
 
-    def apply(self, params: tuple[()], inputs: Array, *, mask: Any = None, **kwargs: Any) -> Array:
+    def apply(self, params: tuple[()], inputs: Any, *, mask: Any = None, **kwargs: Any) -> Array:
+        (inputs,), dtype = as_real(inputs=inputs)
         axes = self.axes(inputs.ndim)
         # Of size 1 along the channels, behind layers with weights. A row with nothing left is 0.
         where = None if mask is None else ~mask
         outputs = self.surrogate.softmax(inputs, axis=axes, where=where)
-        return (
-            outputs * math.prod(inputs.shape[i] for i in axes) if self.infinite_width else outputs
-        )
+        if self.infinite_width:
+            outputs = outputs * math.prod(inputs.shape[i] for i in axes)
+        return outputs.astype(dtype)
 
     def kernel(self, k: Any) -> Kernel:
         axes = self.axes(len(k.shape1))
@@ -300,31 +302,3 @@ def _over_positions(
         cov2, _ = moments(two, two, k.cov2, None, batch_ndim)
     nngp, ntk = moments(one, two, k.nngp, k.ntk, 2)
     return k.replace(nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, is_gaussian=False)
-
-
-def check_axis(axis: Any) -> None:
-    for value in axis if isinstance(axis, tuple | list) else (axis,):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"`axis` must be an integer or a tuple of them, got {axis!r}.")
-    if axis in ((), []):
-        raise ValueError("`axis` must name at least one axis, got none.")
-
-
-def resolve_axis(axis: int | tuple[int, ...], batch_axis: int, ndim: int) -> tuple[int, ...]:
-    """`axis` as a tuple of nonnegative integers for inputs with `ndim` axes."""
-    axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
-    if any(not -ndim <= value < ndim for value in axes):
-        raise ValueError(
-            f"`axis={axis!r}` is out of range for inputs with {ndim} axes. Choose from "
-            f"{-ndim} to {ndim - 1}."
-        )
-    resolved = tuple(operator.index(value) % ndim for value in axes)
-    if batch_axis % ndim in resolved:
-        raise ValueError(
-            f"`axis={axis!r}` is the batch axis of inputs with {ndim} axes. A softmax normalises "
-            f"over the channel axis (`axis=-1`) of each input; pass `batch_axis` if yours is "
-            f"another than {batch_axis}."
-        )
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(f"`axis={axis!r}` names an axis twice.")
-    return resolved

@@ -4,7 +4,9 @@ import operator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
     for name, value in arguments.items():
         hint = f"`{name}` must be a real number or an array of them, got"
         try:
-            if isinstance(value, str | bytes):
-                raise TypeError("text")
+            if value is None or isinstance(value, str | bytes):
+                raise TypeError("not a number")
             array = jnp.asarray(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{hint} {value!r} of type {type(value).__name__}: {error}") from None
@@ -70,6 +72,110 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
     return [array.astype(compute) for array in arrays.values()], dtype
 
 
+def check_entries(name: str, array: Array, valid: Array, must: str) -> Array:
+    """`valid`, which says of every entry of `array` whether it is; or says which one is not.
+
+    Of traced arrays nothing is known: callers make the results of entries that are not valid NaN.
+
+    Args:
+      name: of the argument.
+      must: what entries have to be, for the message.
+
+    Raises:
+      ValueError: an entry of a concrete array is not valid.
+    """
+    if not isinstance(valid, Tracer) and not np.all(valid):
+        where = tuple(int(i) for i in np.argwhere(~np.asarray(valid))[0])
+        at = f" at {where}" if where else ""
+        raise ValueError(f"`{name}` must be {must}, got {np.asarray(array)[where]}{at}.")
+    return valid
+
+
+def check_variances(name: str, array: Array) -> Array:
+    """Where variances are valid, nonnegative and finite; see `check_entries`."""
+    valid = jnp.isfinite(array) & (array >= 0)
+    return check_entries(name, array, valid, "nonnegative and finite")
+
+
+def check_pairs(var1: Array, cov12: Array, var2: Array) -> Array:
+    """Where variances and covariances of pairs are those of Gaussian variables.
+
+    Covariances may exceed the root of the product of the variances by what rounding and a kernel
+    of finite samples make of them, a thousandth.
+
+    Raises:
+      ValueError: shapes don't broadcast, or an entry of a concrete array is not valid.
+    """
+    named = {"var1": var1, "cov12": cov12, "var2": var2}
+    check_broadcast(**named)
+    valid = check_variances("var1", var1) & check_variances("var2", var2)
+    largest = jnp.sqrt(jnp.maximum(var1, 0)) * jnp.sqrt(jnp.maximum(var2, 0))
+    finite = jnp.isfinite(cov12)
+    valid = valid & check_entries("cov12", cov12, finite, "finite")
+    # Rounding of a sum of terms is relative to the larger variance, where the other is small.
+    slack = 1e-3 * largest + 1e-6 * jnp.maximum(var1, var2)
+    inside = ~finite | ~(jnp.abs(cov12) > largest + slack)
+    cov12, inside = jnp.broadcast_arrays(cov12, inside)
+    must = "at most sqrt(var1 * var2) in size"
+    return valid & check_entries("cov12", cov12, inside, must)
+
+
+def check_broadcast(**arrays: Array) -> tuple[int, ...]:
+    """The shape that named arrays broadcast to.
+
+    Raises:
+      ValueError: they don't.
+    """
+    try:
+        return jnp.broadcast_shapes(*(array.shape for array in arrays.values()))
+    except ValueError:
+        given = ", ".join(f"`{name}` {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"Shapes must broadcast by NumPy's rules, got {given}.") from None
+
+
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether arrays of `shape` broadcast to `target`."""
+    try:
+        return jnp.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
+def check_axes(axis: Any) -> int | tuple[int, ...]:
+    """`axis` as an `int` or a tuple of them; NumPy's and JAX's integers are taken.
+
+    Raises:
+      TypeError: it is neither.
+      ValueError: it names no axis.
+    """
+    several = isinstance(axis, tuple | list)
+    values = tuple(axis) if several else (axis,)
+    axes = []
+    for value in values:
+        try:
+            if isinstance(value, bool | np.bool_):
+                raise TypeError("boolean")
+            axes.append(operator.index(value))
+        except TypeError:
+            raise TypeError(
+                f"`axis` must be an integer or a tuple of them, got {axis!r}."
+            ) from None
+    if not axes:
+        raise ValueError("`axis` must name at least one axis, got none.")
+    return tuple(axes) if several else axes[0]
+
+
+def check_boolean(name: str, value: Any) -> bool:
+    """`value`, the argument `name`, if it is a boolean.
+
+    Raises:
+      TypeError: it is not.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be a boolean, got {value!r}.")
+    return bool(value)
+
+
 def broadcast_covariances(
     cov11: Validated[ArrayLike], cov12: Validated[ArrayLike], cov22: Validated[ArrayLike]
 ) -> tuple[Array, Array, Array, Any]:
@@ -77,7 +183,8 @@ def broadcast_covariances(
 
     Raises:
       TypeError: one of them is complex, or no array of numbers.
-      ValueError: they are not of shape `(..., S, S)` with the same `S`.
+      ValueError: they are not of shape `(..., S, S)` with the same `S`, or are concrete, and not
+        finite or of negative variance. Traced ones give NaN.
     """
     arrays, dtype = as_real(cov11=cov11, cov12=cov12, cov22=cov22)
     covs = dict(zip(("cov11", "cov12", "cov22"), arrays, strict=True))
@@ -88,5 +195,13 @@ def broadcast_covariances(
             f"Covariances must have shape (..., S, S) with the same S, got {given}. For inputs of "
             f"different sizes mark the missing positions with `mask_constant` in the layer."
         )
+    check_broadcast(**covs)
+    for name, cov in covs.items():
+        check_entries(name, cov, jnp.isfinite(cov), "finite")
+    for name in ("cov11", "cov22"):
+        variance = jnp.diagonal(covs[name], axis1=-2, axis2=-1)
+        # Of inputs that differ by nothing but rounding it may be below 0.
+        slack = 1e-4 * jnp.max(jnp.abs(variance), -1, keepdims=True)
+        check_entries(name, variance, ~(variance < -slack), "nonnegative along its diagonal")
     first, second, third = jnp.broadcast_arrays(*arrays)
     return first, second, third, dtype

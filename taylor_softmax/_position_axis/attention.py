@@ -34,7 +34,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from taylor_softmax._numerics.arguments import Validated, as_real, broadcast_covariances
+from taylor_softmax._numerics.arguments import (
+    Validated,
+    as_real,
+    broadcast_covariances,
+    check_boolean,
+    fits,
+)
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._position_axis import closed_form, queries, sampling, trace
@@ -119,8 +125,7 @@ def attention_second_moment(
         not of shape `(..., S, S)` with the same `S` as the others; `values_ntk12` without `ntk12`.
     """
     surrogate = parse(order)
-    if not isinstance(causal, bool):
-        raise TypeError(f"`causal` must be a boolean, got {causal!r}.")
+    causal = check_boolean("causal", causal)
     mechanism = Mechanism(surrogate, causal, check_method(method, surrogate))
     if values_ntk12 is not None and ntk12 is None:
         raise ValueError("`values_ntk12` is part of the NTK: pass `ntk12` too.")
@@ -162,7 +167,7 @@ def _like(name: str, value: Any, shape: tuple[int, ...]) -> Array | None:
     if value is None:
         return None
     (array,), _ = as_real(**{name: value})
-    if array.shape[-1:] != shape[-1:] or jnp.broadcast_shapes(array.shape, shape) != shape:
+    if array.shape[-1:] != shape[-1:] or not fits(array.shape, shape):
         raise ValueError(f"`{name}` must have shape {shape}, got {array.shape}.")
     return jnp.broadcast_to(array, shape)
 
