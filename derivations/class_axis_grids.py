@@ -48,7 +48,7 @@ class Design:
     packing: tuple[float, float, float, float]
 
 
-def _design(order: int | None) -> Design:
+def design(surrogate: Surrogate) -> Design:
     """For every order; the costly ones, which few use, on fewer nodes.
 
     An output at large variances changes from one class to another over a share 1 / order of the
@@ -56,6 +56,7 @@ def _design(order: int | None) -> Design:
     correlation 1 grow like the logarithm of the variance, for which `tail` has room; softmax does
     without, and its million classes need nodes where sigma is about 5.
     """
+    order = surrogate.order
     if order is None:
         coordinates = interpolant.Coordinates(4.0, 0.0, 1.4, 0.0)
         return Design(coordinates, 52, 48, 24, (3e-7, 3e-7, 1e-6, 1e-5))
@@ -65,10 +66,6 @@ def _design(order: int | None) -> Design:
         return Design(coordinates, 44, 46, 24, (3e-8, 3e-8, 1e-7, 1e-6))
     counts = (42, 44, 22) if order <= 8 else (36, 34, 18) if order <= 22 else (32, 30, 16)
     return Design(coordinates, *counts, (1e-6, 1e-6, 3e-6, 1e-5))
-
-
-def design(surrogate: Surrogate) -> Design:
-    return _design(surrogate.order)
 
 
 def nodes(count: int) -> np.ndarray:
@@ -411,7 +408,9 @@ def main(arguments: list[str]) -> None:
     for each in arguments or ["softmax", *map(str, range(2, 34, 2))]:
         surrogate = parse(None if each == "softmax" else int(each))
         arrays: Any = pack(surrogate, sample(surrogate))
-        errors = measure(surrogate, interpolant.unpack({**arrays, "errors": np.zeros((5, 2, 4))}))
+        # Which `measure` does not look at.
+        unknown = np.zeros((len(interpolant.GROUPS), 2, len(interpolant.VARIANCES)))
+        errors = measure(surrogate, interpolant.unpack({**arrays, "errors": unknown}))
         np.savez_compressed(TARGET / interpolant.name(surrogate), **arrays, errors=errors)
         print(f"{interpolant.name(surrogate)} written", flush=True)
 
