@@ -3,10 +3,8 @@
 Run `python -m benchmarks.attention` on an otherwise idle machine; `--quick` tries it out.
 """
 
-import argparse
 import functools
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from benchmarks.report import environment, progress, publish, table
+from benchmarks.report import options, progress, run, table
 from oracles import attention as oracle
 from taylor_softmax import attention_second_moment, stax
 from taylor_softmax.methods import QuasiMonteCarlo
 
+COMMAND = "benchmarks.attention"
 VARIANCES = (0.25, 1.0, 4.0)
 POINTS = (256, 1024, 4096)
 MANY_POINTS = 1 << 15
@@ -138,12 +137,15 @@ def memory() -> str:
     analysis: Any = function.lower(x, x).compile().memory_analysis()
     used = (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**30
     return (
+        "## Memory\n\n"
         f"NNGP and NTK of {N_INPUTS} x {N_INPUTS} inputs of {N_TOKENS} tokens, outputs and "
         f"temporaries: {used:.2f} GiB."
     )
 
 
 ERRORS = """\
+## Errors
+
 Largest error over the largest entry, NNGP / NTK, of {n} random problems (correlation 0.5 between
 inputs, values and NTKs with covariances of their own), against {many:,} points."""
 
@@ -153,27 +155,30 @@ SAMPLING = """\
 With the default number of points, against {n:,} samples of all logits (standard errors)."""
 
 TIMES = """\
-## Time and memory
+## Time
 
 Milliseconds a block: all pairs of queries of one pair of inputs; float32, default number of points.
 Each input costs as much as a few blocks besides."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer samples, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/attention.md"))
-    arguments = parser.parse_args()
+    arguments = options(COMMAND, __doc__).parse_args()
     jax.config.update("jax_enable_x64", True)
-    n_samples, repetitions = (20_000, 1) if arguments.quick else (2_000_000, 5)
-    parts = ["# Attention", environment("benchmarks.attention", sys.argv[1:])]
-    parts += [ERRORS.format(n=N_PROBLEMS, many=MANY_POINTS)]
-    parts += [error_table((8,) if arguments.quick else (8, 16, 32, 64))]
-    parts += [SAMPLING.format(n=n_samples)]
-    parts += [sampling_table((8,) if arguments.quick else (8, 16), n_samples)]
-    parts += [TIMES, time_table((16,) if arguments.quick else (8, 16, 32, 64), repetitions)]
-    parts += [memory()]
-    publish(parts, arguments.output)
+    quick = arguments.quick
+    n_samples, repetitions = (20_000, 1) if quick else (2_000_000, 5)
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "errors": lambda: (
+            ERRORS.format(n=N_PROBLEMS, many=MANY_POINTS),
+            error_table((8,) if quick else (8, 16, 32, 64)),
+        ),
+        "sampling": lambda: (
+            SAMPLING.format(n=n_samples),
+            sampling_table((8,) if quick else (8, 16), n_samples),
+        ),
+        "times": lambda: (TIMES, time_table((16,) if quick else (8, 16, 32, 64), repetitions)),
+        "memory": lambda: (memory(),),
+    }
+    run("Attention", COMMAND, parts, arguments)
 
 
 if __name__ == "__main__":

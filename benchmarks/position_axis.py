@@ -3,10 +3,8 @@
 Run `python -m benchmarks.position_axis` on an otherwise idle machine; `--quick` tries it out.
 """
 
-import argparse
 import functools
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from benchmarks.report import environment, progress, publish, table
+from benchmarks.report import options, progress, run, table
 from benchmarks.timing import interleaved, medians
 from oracles import position_axis as oracle
 from taylor_softmax import joint_second_moment, monte_carlo, stax
 from taylor_softmax.methods import QuasiMonteCarlo, Series
 
+COMMAND = "benchmarks.position_axis"
 VARIANCES = (0.25, 1.0, 4.0)
 CORRELATIONS = (-0.9, 0.5, 0.95, 0.999)
 ORDERS = (4, 8, None)
@@ -157,6 +156,8 @@ def eigenvalue_table(sizes: tuple[int, ...], n: int) -> str:
 
 
 EXPLANATION = """\
+## Errors
+
 Largest error of `joint_second_moment` over the largest entry, against {samples:,} samples, for
 cross-correlations of {correlations}: the series to degree 2 alone, with 1,024 points per pair, and
 with the default number. "sampling" is the largest standard error of what they are compared with."""
@@ -182,24 +183,27 @@ Over the largest, of the kernel of {n} inputs behind `Flatten`."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.position_axis", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer samples, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/position_axis.md"))
-    arguments = parser.parse_args()
+    arguments = options(COMMAND, __doc__).parse_args()
     jax.config.update("jax_enable_x64", True)
     quick = arguments.quick
     n_samples, repetitions = (50_000, 1) if quick else (10_000_000, 3)
     sizes = ((2,), (4,), (4,)) if quick else ((2, 8, 16, 64), (8, 16, 32, 64), (8, 16))
-    counts, n = ((2, 3), 4) if quick else ((4, 12), N_EIGEN)
-    listed = ", ".join(f"{rho:g}" for rho in CORRELATIONS)
-    parts = ["# Positions", environment("benchmarks.position_axis", sys.argv[1:])]
-    parts += [EXPLANATION.format(samples=n_samples, correlations=listed)]
-    parts += [error_table(sizes[0], n_samples)]
+    (few, many), n = ((2, 3), 4) if quick else ((4, 12), N_EIGEN)
     n_pairs = 5_000 if quick else 400_000
-    parts += [LAYERS.format(samples=n_pairs), ntk_table(sizes[2], n_pairs)]
-    parts += [TIMES.format(few=counts[0], many=counts[1])]
-    parts += [time_table(sizes[1], repetitions, counts), EIGENVALUES.format(n=n)]
-    publish([*parts, eigenvalue_table(sizes[2], n)], arguments.output)
+    listed = ", ".join(f"{rho:g}" for rho in CORRELATIONS)
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "errors": lambda: (
+            EXPLANATION.format(samples=n_samples, correlations=listed),
+            error_table(sizes[0], n_samples),
+        ),
+        "layers": lambda: (LAYERS.format(samples=n_pairs), ntk_table(sizes[2], n_pairs)),
+        "times": lambda: (
+            TIMES.format(few=few, many=many),
+            time_table(sizes[1], repetitions, (few, many)),
+        ),
+        "eigenvalues": lambda: (EIGENVALUES.format(n=n), eigenvalue_table(sizes[2], n)),
+    }
+    run("Positions", COMMAND, parts, arguments)
 
 
 if __name__ == "__main__":

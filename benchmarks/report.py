@@ -1,10 +1,11 @@
 """What the reports of all benchmarks have in common: progress, tables, and where they were run."""
 
+import argparse
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,10 +42,41 @@ def environment(module: str, given: Sequence[str]) -> str:
     )
 
 
+def options(command: str, description: str | None) -> argparse.ArgumentParser:
+    """Those that all benchmarks have; the report is called as the program."""
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
+    parser.add_argument("--quick", action="store_true", help="small, to try it out")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts alone")
+    report = Path("benchmarks/results") / f"{command.rpartition('.')[2]}.md"
+    parser.add_argument("--output", type=Path, default=report, help=f"({report})")
+    return parser
+
+
+def run(
+    title: str,
+    command: str,
+    parts: Mapping[str, Callable[[], Iterable[str]]],
+    arguments: argparse.Namespace,
+) -> None:
+    """Publishes the parts asked for, all by default, after each of them anew."""
+    unknown = set(arguments.only) - set(parts)
+    if unknown:
+        sys.exit(f"--only {' '.join(sorted(unknown))}: there are {', '.join(parts)}")
+    report = [f"# {title}", environment(command, sys.argv[1:])]
+    for name, part in parts.items():
+        if name in (arguments.only or parts):
+            report += part()
+            save(report, arguments.output)
+    print(arguments.output.read_text(), end="")
+
+
 def publish(parts: Sequence[str], output: Path) -> None:
     """Prints the parts of a report and writes them to `output`."""
-    report = "\n\n".join(parts) + "\n"
-    print(report, end="")
+    save(parts, output)
+    print(output.read_text(), end="")
+
+
+def save(parts: Sequence[str], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report)
+    output.write_text("\n\n".join(parts) + "\n")
     progress(f"saved {output}")

@@ -4,13 +4,13 @@ Run `python -m benchmarks.speed` on an otherwise idle machine; `--quick` tries i
 """
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,10 +19,11 @@ import numpy as np
 from jax import Array
 
 import taylor_softmax
-from benchmarks.report import environment, progress, publish, table
+from benchmarks.report import options, progress, run, table
 from benchmarks.timing import interleaved, medians, seconds
 from taylor_softmax import monte_carlo, stax
 
+COMMAND = "benchmarks.speed"
 ORDERS = (2, 8, 32, None)
 CLASSES = (2, 10, 1000)
 # Ranges of the logits' variances.
@@ -61,35 +62,43 @@ def precision(x64: bool) -> Any:
     return np.float64 if x64 else np.float32
 
 
-def compiled(layer: Any, n_classes: int, x: Array) -> tuple[Callable[[], Any], int]:
-    """The layer's NNGP and NTK on its logits' kernel, and bytes of results and temporaries."""
-    logits = stax.Dense(n_classes)[2](x, x[::-1])
+def compiled(layer: Any, n_classes: int, x: Array) -> tuple[Callable[[Any], Any], int]:
+    """The layer's NNGP and NTK of kernels like `logits`, and bytes of results and temporaries."""
 
     def kernels(logits: Any) -> tuple[Array, Array]:
         kernel = layer[2](logits)
         return kernel.nngp, kernel.ntk
 
-    executable = jax.jit(kernels).lower(logits).compile()
+    executable = jax.jit(kernels).lower(logits(n_classes, x)).compile()
     memory: Any = executable.memory_analysis()
-    size = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return lambda: executable(logits), size
+    return executable, memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def logits(n_classes: int, x: Array) -> Any:
+    """Their kernel, of all pairs."""
+    return stax.Dense(n_classes)[2](x, x[::-1])
 
 
 def layers(n: int, repetitions: int, quick: bool) -> Iterator[str]:
     """Time and memory of the layer alone over those of Erf, in one run."""
     for x64 in (False, True):
         dtype, rows = precision(x64), []
-        for n_classes, order in itertools.product(CLASSES[:: 3 if quick else 1], ORDERS):
-            progress(f"{np.dtype(dtype).name}, {n_classes} classes, {name(order)}")
-            row, times, memory = [f"{name(order)}, {n_classes}"], {"erf": 0.0}, 0.0
-            for spread in SPREADS:
-                x = inputs(n, spread, dtype)
-                one, size = compiled(softmax(order), n_classes, x)
-                erf, erf_size = compiled(stax.Erf(), n_classes, x)
-                times = medians(interleaved({"one": one, "erf": erf}, repetitions, limit=5.0))
-                row.append(f"{times['one'] / times['erf']:.2f}")
-                memory = size / erf_size
-            rows.append([*row, f"{times['erf'] * 1e3:.0f}", f"{memory:.2f}"])
+        x = {spread: inputs(n, spread, dtype) for spread in SPREADS}
+        for n_classes in CLASSES[:: 3 if quick else 1]:
+            kernels = {spread: logits(n_classes, x[spread]) for spread in SPREADS}
+            erf, erf_size = compiled(stax.Erf(), n_classes, x["equal"])
+            for order in ORDERS:
+                progress(f"{np.dtype(dtype).name}, {n_classes} classes, {name(order)}")
+                one, size = compiled(softmax(order), n_classes, x["equal"])
+                row, times = [f"{name(order)}, {n_classes}"], {"erf": 0.0}
+                for kernel in kernels.values():
+                    functions = {
+                        key: functools.partial(function, kernel)
+                        for key, function in {"one": one, "erf": erf}.items()
+                    }
+                    times = medians(interleaved(functions, repetitions, limit=5.0))
+                    row.append(f"{times['one'] / times['erf']:.2f}")
+                rows.append([*row, f"{times['erf'] * 1e3:.2f}", f"{size / erf_size:.2f}"])
         header = ["surrogate, classes", *SPREADS, "Erf (ms)", "memory"]
         yield f"### {np.dtype(dtype).name}\n\n{table(header, rows)}"
 
@@ -169,11 +178,11 @@ def hyperparameters(sizes: list[int], repetitions: int) -> str:
 def growth(sizes: list[int], repetitions: int) -> str:
     rows, dtype = [], precision(False)
     for n in sizes:
-        functions: dict[Any, Any] = {
-            order: compiled(softmax(order), 10, inputs(n, "factor 10", dtype))[0]
-            for order in (2, None)
+        x = inputs(n, "factor 10", dtype)
+        functions = {
+            key: functools.partial(compiled(layer, 10, x)[0], logits(10, x))
+            for key, layer in {2: softmax(2), None: softmax(None), "erf": stax.Erf()}.items()
         }
-        functions["erf"] = compiled(stax.Erf(), 10, inputs(n, "factor 10", dtype))[0]
         times = medians(interleaved(functions, repetitions, limit=10.0))
         rows.append([f"{n:,}", *(f"{each / n**2 * 1e9:.1f}" for each in times.values())])
     return table(["inputs", "order 2 (ns/pair)", "softmax (ns/pair)", "Erf (ns/pair)"], rows)
@@ -299,10 +308,8 @@ pair."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small, to try it out")
+    parser = options(COMMAND, __doc__)
     parser.add_argument("--first-call", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.md"))
     arguments = parser.parse_args()
     if arguments.first_call:
         order, n, jit, x64 = arguments.first_call
@@ -311,16 +318,25 @@ def main() -> None:
     quick = arguments.quick
     n, repetitions, size = (300, 3, 60_000) if quick else (2000, 7, 1_000_000)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    parts = ["# Speed", environment("benchmarks.speed", sys.argv[1:])]
-    parts += ["## Layers", EXPLANATION.format(n=n, repetitions=repetitions)]
-    parts += layers(n, repetitions, quick)
-    parts += [FIRST, first_calls(quick)]
-    parts += [HYPERPARAMETERS, hyperparameters([100] if quick else [300, 1000], repetitions)]
-    parts += [GROWTH, growth([200, 400] if quick else [1000, 2000, 4000, 8000], repetitions)]
-    parts += [DEFINITENESS.format(n=n // 2), definiteness(n // 2)]
-    parts += [FUZZ.format(size=size), fuzz(size)]
-    parts += [SAMPLING, sampling(3)]
-    publish(parts, arguments.output)
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "layers": lambda: (
+            *("## Layers", EXPLANATION.format(n=n, repetitions=repetitions)),
+            *layers(n, repetitions, quick),
+        ),
+        "first": lambda: (FIRST, first_calls(quick)),
+        "hyperparameters": lambda: (
+            HYPERPARAMETERS,
+            hyperparameters([100] if quick else [300, 1000], repetitions),
+        ),
+        "growth": lambda: (
+            GROWTH,
+            growth([200, 400] if quick else [1000, 2000, 4000, 8000], repetitions),
+        ),
+        "definiteness": lambda: (DEFINITENESS.format(n=n // 2), definiteness(n // 2)),
+        "fuzz": lambda: (FUZZ.format(size=size), fuzz(size)),
+        "sampling": lambda: (SAMPLING, sampling(3)),
+    }
+    run("Speed", COMMAND, parts, arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
 # From this many pairs on the interpolant is evaluated in one fused loop, which takes longer to
 # compile, and half the time and memory.
-_FUSED_PAIRS = 1 << 18
+_FUSED_PAIRS = 1 << 14
 
 
 class Pairs(NamedTuple):

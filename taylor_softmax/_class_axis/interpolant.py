@@ -39,6 +39,7 @@ terms of their own: G needs fewer, and XLA on a CPU puts value and slope in sepa
 so that shared terms would be summed twice.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import math
@@ -74,6 +75,16 @@ GROUPS = 2, 4, 9, 1000, LARGEST_N_CLASSES
 
 # What rows of factors may take of a core's cache.
 _CACHED_BYTES = 1 << 21
+
+# Pairs of which derivatives are evaluated at a time.
+_CACHED_PAIRS = 1 << 17
+
+# Which the loop over them is not worth its while below.
+_LEAST_COLUMNS = 32
+
+# Up to this many terms derivatives are evaluated in one fused loop, as values are where pairs are
+# many: more would compile for several seconds.
+_UNROLLED = 150
 
 # Nodes per variance on which terms are found and errors measured.
 _NODES = 48
@@ -171,8 +182,9 @@ class Grid(NamedTuple):
     errors: np.ndarray
 
 
-class ProductSum(NamedTuple):
-    """A sum of products, for value or slope.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProductSum:
+    """A sum of products, for value or slope; hashed by identity.
 
     Attributes:
       ranks: number of terms of each degree in s.
@@ -382,41 +394,59 @@ def evaluate(
       var2: `(z, y)`.
       fused: see `_fused`.
     """
-    value, slope = _elementwise(functools.partial(_sums, level), fused)(var1, cov12, var2)
+
+    def quantity(is_slope: bool) -> Array:
+        with_partials: Any = functools.partial(_quantity, level, is_slope, fused)
+        alone = functools.partial(with_partials, ())
+        return _differentiable(lambda *pairs: alone(*pairs)[0], with_partials)(var1, cov12, var2)
+
+    value, slope = quantity(is_slope=False), quantity(is_slope=True)
     if level.slopes_to < level.largest:
         largest = jnp.maximum(var1[:, :, None], var2[:, None])
         slope = jnp.where(largest <= level.slopes_to, slope, jnp.nan)
     return value, slope
 
 
-def _elementwise(function: Any, fused: bool) -> Any:
-    """`function` of `(var1, cov12, var2)` with partial derivatives for its derivative."""
+def _differentiable(function: Any, with_partials: Any) -> Any:
+    """`function` of `(var1, cov12, var2)` with partial derivatives for its derivative.
 
-    @jax.custom_jvp
-    def wrapped(*arguments: Array) -> Any:
-        return function(fused, *arguments)
+    Args:
+      with_partials: `(indices, *arguments)` to `function(*arguments)` and its derivatives in the
+        arguments of these indices.
+    """
+    wrapped = jax.custom_jvp(function)
 
     @functools.partial(wrapped.defjvp, symbolic_zeros=True)
     def rule(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
-        out = wrapped(*primals)
+        needed = tuple(i for i in range(3) if not isinstance(tangents[i], SymbolicZero))
+        here = functools.partial(with_partials, needed)
+
+        def with_more(needed: tuple[int, ...], *arguments: Array) -> Any:
+            return _with_partials(here, needed, arguments, tuple(map(jnp.ones_like, arguments)))
+
+        out, partials = _differentiable(here, with_more)(*primals)
         total = jax.tree.map(jnp.zeros_like, out)
-        for i, tangent in enumerate(tangents):
-            if isinstance(tangent, SymbolicZero):
-                continue
-            each = (tangent[:, :, None], tangent, tangent[:, None, :])[i]
-            # Not fused: unrolled, they would take many seconds to compile.
-            partial = _elementwise(functools.partial(_partial, function, i), False)(*primals)
+        for i, partial in zip(needed, partials, strict=True):
+            each = tangents[i]
+            each = (each[:, :, None], each, each[:, None, :])[i]
             total = jax.tree.map(lambda t, p, each=each: t + p * each, total, partial)
         return out, total
 
     return wrapped
 
 
-def _partial(function: Any, i: int, fused: bool, *arguments: Array) -> Any:
-    def along(argument: Array) -> Any:
-        return function(fused, *arguments[:i], argument, *arguments[i + 1 :])
+def _with_partials(
+    function: Any, needed: tuple[int, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, list[Any]]:
+    """`function(*primals)` and its derivatives along those of `tangents` that are needed."""
 
-    return jax.jvp(along, (arguments[i],), (jnp.ones_like(arguments[i]),))[1]
+    def partial(i: int) -> Any:
+        def along(argument: Any) -> Any:
+            return function(*primals[:i], argument, *primals[i + 1 :])
+
+        return jax.jvp(along, (primals[i],), (tangents[i],))[1]
+
+    return function(*primals), [partial(i) for i in needed]
 
 
 class _Input(NamedTuple):
@@ -427,11 +457,10 @@ class _Input(NamedTuple):
     x: Array
     share: Array
     weight_share: Array
-    value: Array
-    slope: Array
+    rows: Array
 
 
-def _prepare(level: Level, variance: Array) -> _Input:
+def _prepare(level: Level, is_slope: bool, variance: Array) -> _Input:
     # I is smooth in (a, c, b) at a = 0, but not in the root of a. The shift is the relative error
     # it makes, and what derivatives at variance 0 are divided by.
     shift = 3e-8 if jnp.finfo(variance.dtype).bits == 64 else 1e-5
@@ -455,8 +484,7 @@ def _prepare(level: Level, variance: Array) -> _Input:
         jnp.sqrt(variance / (variance + of.rounding)),
         of.share(variance),
         of.weight_share(variance),
-        q * rows(level.value.factors),
-        q / sigma * rows(level.slope.factors),
+        q / sigma * rows(level.slope.factors) if is_slope else q * rows(level.value.factors),
     )
 
 
@@ -470,38 +498,58 @@ def _chebyshev(x: Array, count: int) -> Array:
     return lax.scan(step, (jnp.ones_like(x), x), length=count)[1]
 
 
-def _sums(level: Level, fused: bool, var1: Array, cov12: Array, var2: Array) -> tuple[Array, Array]:
-    one, two = _prepare(level, var1), _prepare(level, var2)
-    if not fused:
-        return _of_block(level, _looped, one, cov12, two)
+def _quantity(
+    level: Level,
+    is_slope: bool,
+    fused: bool,
+    needed: tuple[int, ...],
+    var1: Array,
+    cov12: Array,
+    var2: Array,
+) -> tuple[Array, list[Array]]:
+    """`I` or `dI / dc`, and its derivatives in the arguments of the indices `needed`."""
+    prepare = functools.partial(_prepare, level, is_slope)
+
+    def prepared(variance: Array) -> tuple[_Input, _Input | None]:
+        if not needed:
+            return prepare(variance), None
+        return jax.jvp(prepare, (variance,), (jnp.ones_like(variance),))
+
+    def block(one: Any, cov12: Array, two: Any) -> tuple[Array, list[Array]]:
+        inputs, along = zip(one, (cov12, jnp.ones_like(cov12)), two, strict=True)
+        return _with_partials(
+            functools.partial(_of_block, level, is_slope, fused), needed, inputs, along
+        )
+
+    one, two = prepared(var1), prepared(var2)
     # As many columns at a time as have rows that stay in a core's cache: from memory, each pair
-    # would read them all again. A loop, since XLA would fuse blocks and what follows into one.
+    # would read them all again. Of derivatives, fewer: XLA keeps what their sums share.
     z, x, y = cov12.shape
-    n_rows = sum(level.value.ranks) + sum(level.slope.ranks)
-    n_blocks = -(-y * n_rows * cov12.dtype.itemsize // _CACHED_BYTES)
-    length = -(-y // n_blocks)
-    missing = n_blocks * length - y
+    n_rows = sum((level.slope if is_slope else level.value).ranks)
+    columns = _CACHED_BYTES // (n_rows * cov12.dtype.itemsize)
+    if needed:
+        columns = min(columns, _CACHED_PAIRS // max(z * x, 1))
+    n_blocks = -(-y // max(columns, _LEAST_COLUMNS)) if fused else 1
     if n_blocks == 1:
-        return _of_block(level, _fused, one, cov12, two)
+        return block(one, cov12, two)
+    length = -(-y // n_blocks)
 
     def split(array: Array) -> Array:
-        array = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
-        array = array.reshape(*array.shape[:-1], n_blocks, length)
-        return jnp.moveaxis(array, -2, 0)
+        padding = [(0, 0)] * (array.ndim - 1) + [(0, n_blocks * length - y)]
+        array = jnp.pad(array, padding, mode="edge")
+        return jnp.moveaxis(array.reshape(*array.shape[:-1], n_blocks, length), -2, 0)
 
-    def each(block: tuple[Array, _Input]) -> tuple[Array, Array]:
-        return _of_block(level, _fused, one, *block)
+    def join(blocks: Array) -> Array:
+        return jnp.moveaxis(blocks, 0, 2).reshape(z, x, n_blocks * length)[:, :, :y]
 
-    def whole(array: Array) -> Array:
-        return jnp.moveaxis(array, 0, 2).reshape(z, x, n_blocks * length)[:, :, :y]
-
-    value, slope = map(whole, lax.map(each, (split(cov12), jax.tree.map(split, two))))
-    return value, slope
+    # A loop, since XLA would fuse blocks and what follows into one.
+    split_up = jax.tree.map(split, (cov12, two))
+    return jax.tree.map(join, lax.map(lambda each: block(one, *each), split_up))
 
 
 def _of_block(
-    level: Level, clenshaw: Any, one: _Input, cov12: Array, two: _Input
-) -> tuple[Array, Array]:
+    level: Level, is_slope: bool, fused: bool, one: _Input, cov12: Array, two: _Input
+) -> Array:
     rho = cov12 * one.inverse_sigma[:, :, None] * two.inverse_sigma[:, None]
     # Quotients, which are 1 where an input meets itself: at variance 1e6 an ulp of float32 less
     # makes 5 % of the slope.
@@ -514,14 +562,14 @@ def _of_block(
         return at_one, jnp.maximum(at_one + (1 - at_one) * off, at_one / 2)
 
     at_one, rest = rests(one.share, two.share)
+    if not is_slope:
+        r = rho * ((1 + jnp.sqrt(at_one)) / (1 + jnp.sqrt(rest)))
+        return r * _sum_of_products(level.value, fused)(one.rows, two.rows, r)
     x_one = one.x[:, :, None] * two.x[:, None]
-    r = rho * ((1 + jnp.sqrt(at_one)) / (1 + jnp.sqrt(rest)))
     s = _y(rho * x_one, rest) / _y(x_one, at_one)
     if level.coordinates.smoothing:
         _, rest = rests(one.weight_share, two.weight_share)
-    value = clenshaw(level.value, one.value, two.value, r)
-    slope = clenshaw(level.slope, one.slope, two.slope, s)
-    return r * value, lax.rsqrt(rest) * slope
+    return lax.rsqrt(rest) * _sum_of_products(level.slope, fused)(one.rows, two.rows, s)
 
 
 @jax.custom_jvp
@@ -539,42 +587,111 @@ def _y_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple
     return _y(x, rest), x_dot + along
 
 
-def _fused(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
-    """`sum_terms sign first second T_degree(s)`, as one elementwise expression for XLA to fuse.
+def _sum_of_products(terms: ProductSum, fused: bool, derivative: int = 0, depth: int = 0) -> Any:
+    """`sum_terms sign first second (d/ds)^k T_degree(s)`, a function of `first, second, s`.
+
+    Its derivatives are sums of the same kind and as cheap; those of a loop over the degrees would
+    carry tangents through every step.
+
+    Args:
+      derivative: `k`.
+      depth: how often what was asked for has been differentiated.
+    """
+    # Unrolled, many terms and second derivatives would take many seconds to compile.
+    unrolled = fused and (depth == 0 or (depth == 1 and sum(terms.ranks) <= _UNROLLED))
+    evaluated = _series(terms, derivative, unrolled)
+
+    @jax.custom_jvp
+    def wrapped(first: Array, second: Array, s: Array) -> Array:
+        return evaluated(first, second, s)
+
+    @functools.partial(wrapped.defjvp, symbolic_zeros=True)
+    def rule(primals: tuple[Array, Array, Array], tangents: tuple[Any, Any, Any]) -> Any:
+        first, second, s = primals
+        of_first, of_second, of_s = tangents
+        tangent = jnp.zeros_like(s)
+        same = _sum_of_products(terms, fused, derivative, depth + 1)
+        if not isinstance(of_first, SymbolicZero):
+            tangent += same(of_first, second, s)
+        if not isinstance(of_second, SymbolicZero):
+            tangent += same(first, of_second, s)
+        if not isinstance(of_s, SymbolicZero):
+            tangent += of_s * _sum_of_products(terms, fused, derivative + 1, depth + 1)(*primals)
+        return wrapped(*primals), tangent
+
+    return wrapped
+
+
+@functools.cache
+def _series(terms: ProductSum, derivative: int, unrolled: bool) -> Any:
+    """What `_sum_of_products` evaluates: under `jit`, which traces it once for all that call it."""
+    if derivative >= len(terms.ranks):
+        return lambda first, second, s: jnp.zeros_like(s)
+    series = _Series.of(terms, derivative)
+
+    def evaluated(first: Array, second: Array, s: Array) -> Array:
+        evaluate = _fused if unrolled else _looped
+        return evaluate(series, first[derivative:], second[derivative:], s)
+
+    return jax.jit(evaluated)
+
+
+class _Series(NamedTuple):
+    """Products of each degree `d` with polynomials `P_d`, `P_{d+1} = a_d s P_d - b_d P_{d-1}`.
+
+    Attributes:
+      ranks, signs: as of `ProductSum`.
+      times, less: `a` and `b`.
+    """
+
+    ranks: tuple[int, ...]
+    signs: np.ndarray
+    times: np.ndarray
+    less: np.ndarray
+
+    @classmethod
+    def of(cls, terms: ProductSum, derivative: int) -> "_Series":
+        """With Gegenbauer polynomials, `(d/ds)^k T_{d+k} = (d + k) 2^(k-1) (k-1)! C^(k)_d`."""
+        k, ranks, signs = derivative, terms.ranks[derivative:], terms.signs[derivative:]
+        d = np.arange(len(ranks) + 1)
+        if k == 0:
+            return cls(ranks, signs, np.where(d == 0, 1.0, 2.0), np.ones(d.size))
+        scale = (d[:-1] + k) * 2 ** (k - 1) * math.factorial(k - 1)
+        return cls(ranks, scale[:, None] * signs, 2 * (d + k) / (d + 1), (d + 2 * k - 1) / (d + 1))
+
+
+def _fused(series: _Series, first: Array, second: Array, s: Array) -> Array:
+    """`sum_terms sign first second P_degree(s)` in one elementwise expression for XLA to fuse.
 
     No array of the size of the pairs is kept but the result. Rows of terms are contiguous in the
     second input: the other way round the loop over the pairs is not vectorised.
     """
-    twice = 2 * s
     value = previous = jnp.zeros_like(s)
-    for degree in range(len(terms.ranks) - 1, -1, -1):
+    for degree in range(len(series.ranks) - 1, -1, -1):
         products = [
             first[degree, r][:, :, None] * (float(sign) * second[degree, r][:, None])
-            for r, sign in enumerate(terms.signs[degree, : terms.ranks[degree]])
+            for r, sign in enumerate(series.signs[degree, : series.ranks[degree]])
         ]
         coefficient = functools.reduce(operator.add, products) if products else 0.0
-        if degree > 0:
-            value, previous = coefficient + twice * value - previous, value
-            continue
-        value = coefficient + s * value - previous
+        times, less = float(series.times[degree]), float(series.less[degree + 1])
+        value, previous = coefficient + times * s * value - less * previous, value
     return value
 
 
-def _looped(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
-    """The same as a loop over the degrees, which compiles at once and differentiates well."""
-    signs = jnp.asarray(terms.signs, s.dtype)[:, :, None, None]
+def _looped(series: _Series, first: Array, second: Array, s: Array) -> Array:
+    """The same as a loop over the degrees, which compiles at once."""
 
-    def coefficient(first: Array, second: Array) -> Array:
-        if min(s.shape[1:]) == 1:
-            return jnp.sum(first[:, :, :, None] * second[:, :, None], 0)
-        return einsum("rzx,rzy->zxy", first, second)
-
-    def step(carry: tuple[Array, Array], each: tuple[Array, Array]) -> Any:
+    def step(carry: tuple[Array, Array], each: tuple[Array, ...]) -> Any:
         value, previous = carry
-        return (coefficient(*each) + 2 * s * value - previous, value), None
+        times, less, first, second = each
+        if min(s.shape[1:]) == 1:
+            coefficient = jnp.sum(first[:, :, :, None] * second[:, :, None], 0)
+        else:
+            coefficient = einsum("rzx,rzy->zxy", first, second)
+        return (coefficient + times * s * value - less * previous, value), None
 
+    numbers = jnp.asarray([series.times[:-1], series.less[1:]], s.dtype)
+    signs = jnp.asarray(series.signs, s.dtype)[:, :, None, None]
     zero = jnp.zeros_like(s)
-    rows = first, signs * second
-    high = jax.tree.map(lambda row: row[1:], rows)
-    (value, previous), _ = lax.scan(step, (zero, zero), high, reverse=True)
-    return coefficient(rows[0][0], rows[1][0]) + s * value - previous
+    (value, _), _ = lax.scan(step, (zero, zero), (*numbers, first, signs * second), reverse=True)
+    return value

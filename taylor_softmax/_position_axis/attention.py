@@ -131,30 +131,26 @@ def attention_second_moment(
         raise ValueError("`values_ntk12` is part of the NTK: pass `ntk12` too.")
     *covs, dtype = broadcast_covariances(cov11, cov12, cov22)
     shape = covs[0].shape
-    given = {"values12": values12, "ntk12": ntk12, "values_ntk12": values_ntk12}
-    others = {name: _like(name, value, shape) for name, value in given.items()}
+    cov11, cov12, cov22 = (cov.reshape(-1, *shape[-2:]) for cov in covs)
+    values = _like("values12", values12, shape, cov12.dtype)
+    theta = _like("ntk12", ntk12, shape, cov12.dtype)
+    values_theta = _like("values_ntk12", values_ntk12, shape, cov12.dtype)
+    given = {"present1": present1, "present2": present2}
+    present = [
+        _like(name, np.ones(shape[-1]) if value is None else value, shape[:-1], cov12.dtype)
+        for name, value in given.items()
+    ]
     (factor,), _ = as_real(scale=scale)
     if factor.ndim:
         raise ValueError(f"`scale` must be a number, got an array of shape {factor.shape}.")
-    all_present = jnp.ones(shape[:-1], covs[0].dtype)
-    given = {"present1": present1, "present2": present2}
-    present = [_like(name, value, shape[:-1]) for name, value in given.items()]
-    size = shape[-1]
-    cov11, cov12, cov22 = (cov.reshape(-1, size, size) for cov in covs)
-    values, theta, values_theta = (
-        None if x is None else x.reshape(-1, size, size).astype(cov12.dtype)
-        for x in others.values()
-    )
     factor = factor.astype(cov12.dtype)
     keys = jnp.concatenate([cov11, cov22])
-    present = [all_present if x is None else (x > 0).astype(cov12.dtype) for x in present]
-    both = jnp.concatenate([x.reshape(-1, size) for x in present])
+    both = jnp.concatenate([(x > 0).astype(cov12.dtype) for x in present if x is not None])
     inputs = Inputs(factor * jnp.diagonal(keys, axis1=1, axis2=2), keys, both)
     queries_ntk = None if theta is None else factor * theta
     cross = Cross(factor * cov12, cov12, values, queries_ntk, theta, values_theta)
     first = np.arange(len(cov12))
-    request = Request(first, first + len(first), cross)
-    (terms,) = evaluate(inputs, [request], mechanism)
+    (terms,) = evaluate(inputs, [Request(first, first + len(first), cross)], mechanism)
     nngp, ntk = (
         None if x is None else x.reshape(shape).astype(dtype) for x in assemble(terms, cross)
     )
@@ -162,14 +158,15 @@ def attention_second_moment(
     return AttentionMoments(nngp, ntk)
 
 
-def _like(name: str, value: Any, shape: tuple[int, ...]) -> Array | None:
-    """The argument `name`, broadcast to `shape`, or what is wrong with it."""
+def _like(name: str, value: Any, shape: tuple[int, ...], dtype: Any) -> Array | None:
+    """The argument `name` for every pair, `(pairs, S)` or `(pairs, S, S)`, or what is wrong."""
     if value is None:
         return None
     (array,), _ = as_real(**{name: value})
     if array.shape[-1:] != shape[-1:] or not fits(array.shape, shape):
         raise ValueError(f"`{name}` must have shape {shape}, got {array.shape}.")
-    return jnp.broadcast_to(array, shape)
+    inputs = shape[-2:] if name.endswith("12") else shape[-1:]
+    return jnp.broadcast_to(array, shape).reshape(-1, *inputs).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,166 @@
+"""Random arguments, edges among them: whether values and gradients are finite and in bounds.
+
+Run `python -m benchmarks.fuzz`; `--quick` tries it out. Softmax over classes: `benchmarks.speed`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks.report import options, progress, run, table
+from taylor_softmax import joint_second_moment
+from taylor_softmax.methods import QuasiMonteCarlo
+from taylor_softmax.predict import (
+    class_probabilities,
+    class_probability_covariance,
+    expected_log_normalizer,
+)
+
+COMMAND = "benchmarks.fuzz"
+ORDERS = (None, 2, 8)
+CLASSES = (2, 3, 10, 100)
+POSITIONS = (2, 5, 7, 16, 28)
+N_POINTS = 256  # a pair of inputs
+
+
+def precision(x64: bool) -> Any:
+    jax.config.update("jax_enable_x64", x64)
+    return np.float64 if x64 else np.float32
+
+
+def row(results: Iterator[tuple[list[Array], Array]]) -> list[str]:
+    """What a table says of arrays that must be finite, and of what must be 1 or less."""
+    finite, worst, size = True, 0.0, 0
+    for arrays, excess in results:
+        finite &= all(bool(jnp.all(jnp.isfinite(each))) for each in arrays)
+        worst = max(worst, float(jnp.max(excess)))
+        size += excess.size
+    return [f"{size:,}", "yes" if finite else "NO", f"{worst:.0e}"]
+
+
+def logits(rng: Any, n: int, n_classes: int, dtype: Any) -> tuple[Array, Array]:
+    """Means to 100 and variances to 1e4, of all sizes; equal ones, zeros, excluded classes."""
+    mean = rng.standard_normal((n, n_classes)) * 10 ** rng.uniform(-3, 2, (n, 1))
+    variance = 10 ** (rng.uniform(-30, 4, (n, 1)) + rng.uniform(-3, 0, (n, n_classes)))
+    mean[::5] = mean[::5, :1]
+    variance[1::5] = variance[1::5, :1]
+    variance[2::7] = 0
+    variance[3::7, 0] = 0
+    mean[4::11, 0] = -np.inf
+    return jnp.asarray(mean, dtype), jnp.asarray(variance, dtype)
+
+
+def probabilities(size: int) -> str:
+    """`size` rows of logits in all, for each order and precision."""
+
+    def summed(mean: Array, variance: Array, order: int | None) -> tuple[Array, list[Array]]:
+        p = class_probabilities(mean, variance, order=order)
+        outputs = [p]
+        if mean.shape[-1] <= 10:
+            outputs.append(class_probability_covariance(mean, variance, order=order))
+        if order is None:
+            outputs.append(expected_log_normalizer(mean, variance))
+        weights = jnp.cos(jnp.arange(p.shape[-1], dtype=p.dtype))
+        return jnp.sum(p * weights) + sum(map(jnp.sum, outputs[1:])), outputs
+
+    def results(order: int | None, dtype: Any) -> Iterator[tuple[list[Array], Array]]:
+        gradient = jax.grad(summed, (0, 1), has_aux=True)
+        for n_classes in CLASSES:
+            rng = np.random.default_rng(n_classes)
+            for _ in range(4):
+                n = size // (4 * len(CLASSES))
+                mean, variance = logits(rng, n, n_classes, dtype)
+                gradients, outputs = gradient(mean, variance, order)
+                yield [*gradients, *outputs], jnp.abs(jnp.sum(outputs[0], -1) - 1)
+
+    rows = []
+    for x64 in (False, True):
+        dtype = precision(x64)
+        for order in ORDERS:
+            progress(f"class probabilities, order {order}, {np.dtype(dtype).name}")
+            label = "softmax" if order is None else f"order {order}"
+            rows.append([label, np.dtype(dtype).name, *row(results(order, dtype))])
+    return table(["surrogate", "dtype", "rows", "all finite", "sum - 1"], rows)
+
+
+def covariances(rng: Any, n: int, size: int, dtype: Any) -> tuple[Array, ...]:
+    """Of pairs of inputs: any rank, constant and duplicated positions, a large common part."""
+    rank = int(rng.integers(1, 2 * size + 1))
+    x = rng.standard_normal((n, 2, size, rank)) * 10 ** rng.uniform(-4, 1, (n, 1, 1, 1))
+    x[::5] = x[::5, :, :1]
+    x[1::5, :, 1:2] = x[1::5, :, :1]
+    x[2::5, 1] = x[2::5, 0]
+    x[3::5, :, 0] = 0
+    common = np.where(np.arange(n) % 3 == 0, 10 ** rng.uniform(-2, 4, n), 0.0)[:, None, None]
+    # Rounded in the precision in which users compute them.
+    x = x.astype(dtype)
+    first, second = x[:, 0], x[:, 1]
+    pairs = (first, first), (first, second), (second, second)
+    # NumPy, which computes in `dtype` too.
+    made = ((a @ b.swapaxes(-1, -2) + common).astype(dtype) for a, b in pairs)
+    return tuple(map(jnp.asarray, made))
+
+
+def positions(size: int) -> str:
+    """`size` pairs of inputs in all, for each order and precision."""
+
+    def summed(order: int | None, *given: Array) -> tuple[Array, Array]:
+        method = None if order == 2 else QuasiMonteCarlo(N_POINTS)
+        moment = joint_second_moment(*given, order=order, method=method)
+        weights = jnp.cos(jnp.arange(moment[0].size, dtype=moment.dtype))
+        return jnp.sum(moment.reshape(len(moment), -1) * weights), moment
+
+    def results(order: int | None, dtype: Any) -> Iterator[tuple[list[Array], Array]]:
+        gradient = jax.jit(
+            lambda *given: jax.grad(lambda *g: summed(order, *g), (0, 1, 2), has_aux=True)(*given)
+        )
+        for n_positions in POSITIONS:
+            rng = np.random.default_rng(n_positions)
+            at_once = max(20, 400 // n_positions)
+            for _ in range(size // (at_once * len(POSITIONS))):
+                given = covariances(rng, at_once, n_positions, dtype)
+                gradients, moment = gradient(*given)
+                yield [*gradients, moment], jnp.abs(jnp.sum(moment, (-2, -1)) - 1)
+
+    rows = []
+    for x64 in (False, True):
+        dtype = precision(x64)
+        for order in ORDERS:
+            progress(f"positions, order {order}, {np.dtype(dtype).name}")
+            label = "softmax" if order is None else f"order {order}"
+            rows.append([label, np.dtype(dtype).name, *row(results(order, dtype))])
+    return table(["surrogate", "dtype", "pairs", "all finite", "sum - 1"], rows)
+
+
+PROBABILITIES = """\
+## Class probabilities
+
+`class_probabilities`, their covariance (to 10 classes) and, of softmax, `expected_log_normalizer`,
+with gradients in means and variances: 2 to 100 classes, means to 100 and more, variances from
+1e-33 to 1e4 and 0, equal, constant and excluded (`-inf`) logits. Largest distance of the sums of
+probabilities from 1."""
+
+SECOND_MOMENTS = """\
+## Positions
+
+`joint_second_moment` and its gradients in the three covariances: 2 to 28 positions, of any rank,
+constant and duplicated positions, zeros, inputs with themselves, a common part of up to 1e4.
+Largest distance of the sum of a matrix from 1."""
+
+
+def main() -> None:
+    arguments = options(COMMAND, __doc__).parse_args()
+    n_rows, n_pairs = (1_600, 600) if arguments.quick else (170_000, 17_000)
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "probabilities": lambda: (PROBABILITIES, probabilities(n_rows)),
+        "positions": lambda: (SECOND_MOMENTS, positions(n_pairs)),
+    }
+    run("Fuzzing", COMMAND, parts, arguments)
+
+
+if __name__ == "__main__":
+    main()
