@@ -19,7 +19,8 @@ from taylor_softmax.methods import QuasiMonteCarlo
 
 COMMAND = "benchmarks.attention"
 VARIANCES = (0.25, 1.0, 4.0)
-POINTS = (256, 1024, 4096)
+POINTS = (512, 2048, 8192)
+DEFAULT_POINTS = 2048
 MANY_POINTS = 1 << 15
 N_PROBLEMS = 4  # random ones, of which the largest error is reported
 N_INPUTS, N_TOKENS = 100, 64  # of which memory is reported
@@ -78,7 +79,7 @@ def sampling_table(sizes: tuple[int, ...], n_samples: int) -> str:
             progress(f"{size} tokens, variance {variance:g}, sampling")
             problem = oracle.random_problem(size, variance=variance)
             truth = oracle.kernels(problem, n_samples=n_samples)
-            errors = deviation(kernels(problem, 1024), (truth.nngp, truth.ntk))
+            errors = deviation(kernels(problem, DEFAULT_POINTS), (truth.nngp, truth.ntk))
             spread = (
                 float(np.max(stderr) / np.max(np.abs(mean)))
                 for mean, stderr in zip(truth[::2], truth[1::2], strict=True)

@@ -3,10 +3,8 @@
 Run `python -m benchmarks.inference` on an otherwise idle machine; `--quick` tries it out.
 """
 
-import argparse
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,10 +15,11 @@ from sklearn.datasets import load_digits
 from sklearn.gaussian_process import GaussianProcessClassifier
 from sklearn.gaussian_process.kernels import Kernel
 
-from benchmarks.report import environment, progress, publish, table
+from benchmarks.report import options, progress, run, table
 from taylor_softmax import stax
 from taylor_softmax.predict import categorical_inference
 
+COMMAND = "benchmarks.inference"
 N_CLASSES = 10
 VARIANCE = 10.0  # of the logits
 
@@ -97,28 +96,26 @@ classifier has a Laplace approximation for each class against the rest, normalis
 of the whole. GPflow is left out, since it needs TensorFlow."""
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="100 inputs, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/inference.md"))
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    arguments = parse(sys.argv[1:])
-    jax.config.update("jax_enable_x64", True)
+def digits(sizes: tuple[int, ...]) -> str:
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images[order], labels[order]
     x = images - images.mean(0)
     x = x / np.sqrt((x**2).mean())
-    # There are 1,797 images; 2,000 inputs would leave none for the test.
-    sizes = (100,) if arguments.quick else (500, 1000, 1600)
     rows = [row for n in sizes for row in rows_of(n, x, labels)]
     header = ["", "inputs", "iterations", "residual", "time (s)", "log evidence", "accuracy", "NLL"]
-    given = environment("benchmarks.inference", sys.argv[1:])
-    parts = ["# Categorical inference", given, EXPLANATION.format(variance=VARIANCE)]
-    publish([*parts, table(header, rows)], arguments.output)
+    return table(header, rows)
+
+
+def main() -> None:
+    arguments = options(COMMAND, __doc__).parse_args()
+    jax.config.update("jax_enable_x64", True)
+    # There are 1,797 images; 2,000 inputs would leave none for the test.
+    sizes = (100,) if arguments.quick else (500, 1000, 1600)
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "digits": lambda: (EXPLANATION.format(variance=VARIANCE), digits(sizes))
+    }
+    run("Categorical inference", COMMAND, parts, arguments)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,19 @@
 Run `python -m benchmarks.probabilities` on an otherwise idle machine; `--quick` tries it out.
 """
 
-import argparse
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
+import scipy.stats
 from jax import Array
 
-from benchmarks.report import environment, progress, publish, table
+from benchmarks.report import options, progress, run, table
 from benchmarks.timing import interleaved, medians
 from oracles import probabilities as oracle
 from taylor_softmax.predict import (
@@ -25,9 +24,13 @@ from taylor_softmax.predict import (
     expected_log_normalizer,
 )
 
+COMMAND = "benchmarks.probabilities"
 N_SAMPLES = 100
+N_CLASSES = 10  # of what is timed
 CLASSES = (2, 3, 10, 100)
 VARIANCES = (0.1, 1.0, 4.0, 10.0, 100.0)
+CORRELATED_CLASSES = (3, 10, 30)
+CORRELATED_VARIANCES = (1.0, 10.0, 100.0)
 N_POINTS = 40  # of each number of classes and variance
 
 Method = Callable[[Array, Array], Array]
@@ -175,6 +178,76 @@ def time_table(n_points: int, n_classes: int, repetitions: int, dtype: Any) -> s
     return table(header, [[name, *row] for name, row in rows.items()])
 
 
+def correlated_probit(mean: Array, covariance: Array) -> Array:
+    return probit(mean, jnp.diagonal(covariance))
+
+
+def correlated_mean_field(mean: Array, covariance: Array) -> Array:
+    """Mean-field-2 of Lu, Ie & Sha (arXiv 2006.07584)."""
+    variance = jnp.diagonal(covariance)
+    variances = variance[:, None] + variance - 2 * covariance
+    difference = mean[:, None] - mean
+    return 1 / jnp.sum(jnp.exp(-difference / jnp.sqrt(1 + jnp.pi / 8 * variances)), axis=-1)
+
+
+def correlated_monte_carlo(mean: Array, covariance: Array) -> Array:
+    noise = jax.random.normal(jax.random.key(0), (N_SAMPLES, len(mean)), mean.dtype)
+    root = jnp.linalg.cholesky(covariance)
+    return jnp.mean(jax.nn.softmax(mean + noise @ root.T), axis=0)
+
+
+def correlated_exact(mean: Array, covariance: Array) -> Array:
+    return class_probabilities(mean, covariance=covariance)
+
+
+CORRELATED_METHODS: dict[str, Method] = {
+    "class_probabilities": correlated_exact,
+    "probit (mean-field-0)": correlated_probit,
+    "mean-field-2": correlated_mean_field,
+    f"Monte Carlo, {N_SAMPLES} samples": correlated_monte_carlo,
+}
+
+
+def correlated_table(n_points: int, log2_samples: int) -> str:
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(2)
+    rows: dict[str, list[str]] = {name: [] for name in (*CORRELATED_METHODS, "reference")}
+    for n_classes in CORRELATED_CLASSES:
+        for variance in CORRELATED_VARIANCES:
+            progress(f"full covariance: {n_classes} classes, variance {variance:g}")
+            worst = dict.fromkeys(rows, 0.0)
+            for _ in range(n_points):
+                mean = rng.standard_normal(n_classes) * rng.uniform(0, 3)
+                factor = rng.standard_normal((n_classes, 3))
+                covariance = factor @ factor.T + 0.2 * np.eye(n_classes)
+                covariance *= variance / np.max(np.diagonal(covariance))
+                first, second = (
+                    scipy.special.softmax(
+                        scipy.stats.qmc.MultivariateNormalQMC(mean, covariance, rng=seed).random(
+                            1 << log2_samples
+                        ),
+                        axis=1,
+                    ).mean(0)
+                    for seed in (0, 1)
+                )
+                want = (first + second) / 2
+                worst["reference"] = max(worst["reference"], np.max(np.abs(first - want)))
+                for name, method in CORRELATED_METHODS.items():
+                    got = np.asarray(method(jnp.asarray(mean), jnp.asarray(covariance)))
+                    worst[name] = max(worst[name], np.max(np.abs(got - want)))
+            for name, error in worst.items():
+                rows[name].append(f"{error:.0e}")
+    header = [f"{n}, {v:g}" for n in CORRELATED_CLASSES for v in CORRELATED_VARIANCES]
+    return table(["classes, variance", *header], [[name, *row] for name, row in rows.items()])
+
+
+CORRELATED = """\
+## Full covariance over classes
+
+Largest absolute error of `E[softmax(z)]` for logits with a covariance of rank 3 and a fifth on the
+diagonal, with the largest variance given, in float64. Reference: SciPy's quasi-random normal
+numbers, {samples:,} of them twice, with half their difference."""
+
 EXPLANATION = """\
 `E[softmax(z)]` for independent Gaussian logits. Errors are absolute, the largest over random points
 of 2, 3, 10 and 100 classes with means of scale 0 to 5; in half of the points the variances differ
@@ -187,25 +260,27 @@ one variance per point, spread over a decade up to the column's. Monte Carlo giv
 only."""
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probabilities", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer points, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/probabilities.md"))
-    return parser.parse_args(argv)
-
-
 def main() -> None:
-    arguments = parse(sys.argv[1:])
+    arguments = options(COMMAND, __doc__).parse_args()
     n, repetitions, n_errors = (1000, 3, 4) if arguments.quick else (10_000, 9, N_POINTS)
-    classes = 10
-    given = environment("benchmarks.probabilities", sys.argv[1:])
-    explanation = EXPLANATION.format(n=f"{n:,}", repetitions=repetitions, classes=classes)
-    parts = ["# Class probabilities", given, explanation]
-    for x64, dtype in ((True, jnp.float64), (False, jnp.float32)):
+    explanation = EXPLANATION.format(n=f"{n:,}", repetitions=repetitions, classes=N_CLASSES)
+
+    def independent(x64: bool) -> list[str]:
         jax.config.update("jax_enable_x64", x64)
-        parts += [f"## {np.dtype(dtype).name}", error_table(n_errors, dtype)]
-        parts += [time_table(n, classes, repetitions, dtype)]
-    publish(parts, arguments.output)
+        dtype = jnp.float64 if x64 else jnp.float32
+        tables = error_table(n_errors, dtype), time_table(n, N_CLASSES, repetitions, dtype)
+        return [f"## {np.dtype(dtype).name}", *tables]
+
+    n_correlated, log2_samples = (1, 12) if arguments.quick else (4, 19)
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "float64": lambda: (explanation, *independent(x64=True)),
+        "float32": lambda: independent(x64=False),
+        "covariance": lambda: (
+            CORRELATED.format(samples=1 << log2_samples),
+            correlated_table(n_correlated, log2_samples),
+        ),
+    }
+    run("Class probabilities", COMMAND, parts, arguments)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def environment(module: str, given: Sequence[str]) -> str:
     """The command `python -m module *given`, the device, and the versions of what it ran on."""
+    given = list(given)
+    if "--output" in given:  # says where the report is, not what it is of
+        at = given.index("--output")
+        given = given[:at] + given[at + 2 :]
     device, info = jax.devices()[0], Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -12,7 +12,12 @@ from jax import random
 import taylor_softmax
 from oracles import attention as oracle
 from taylor_softmax import stax
-from taylor_softmax._numerics.errors import ATTENTION, promised
+from taylor_softmax._numerics.errors import (
+    ATTENTION_NNGP,
+    ATTENTION_NTK,
+    ATTENTION_VARYING,
+    promised,
+)
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._position_axis import attention
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
@@ -68,10 +73,13 @@ CASES = {
 }
 
 
-def tolerance(case):
-    # At varying scales of queries, three times as much: documented.
-    factor = 3 if case.get("ratio", 1.0) != 1.0 else 1
-    return factor * promised(ATTENTION, case["variance"])
+def tolerances(case):
+    """Of NNGP and NTK."""
+    ratio = case.get("ratio", 1.0)
+    if ratio == 1:
+        return [promised(of, case["variance"]) for of in (ATTENTION_NNGP, ATTENTION_NTK)]
+    # The variance of a problem is that of logits of tokens of mean variance.
+    return [promised(ATTENTION_VARYING, case["variance"] * ratio)] * 2
 
 
 @functools.cache
@@ -95,9 +103,9 @@ def sampled(name, order=None, causal=False):
 def test_sampled_logits(name, order, causal):
     problem, truth = sampled(name, order, causal)
     nngp, ntk = attention.assemble(*terms(problem, order=order, causal=causal))
-    limit = problem.present, tolerance(CASES[name])
-    assert excess(nngp[0], truth.nngp, truth.nngp_stderr, *limit) < 1
-    assert excess(ntk[0], truth.ntk, truth.ntk_stderr, *limit) < 1
+    of_nngp, of_ntk = tolerances(CASES[name])
+    assert excess(nngp[0], truth.nngp, truth.nngp_stderr, problem.present, of_nngp) < 1
+    assert excess(ntk[0], truth.ntk, truth.ntk_stderr, problem.present, of_ntk) < 1
 
 
 def test_each_term_of_the_ntk_is_needed():
@@ -110,7 +118,7 @@ def test_each_term_of_the_ntk_is_needed():
         "queries": cross.queries_ntk * of.slope,
         "keys": cross.queries * of.slope_ntk,
     }
-    limit = truth.ntk, truth.ntk_stderr, problem.present, promised(ATTENTION, 1.0)
+    limit = truth.ntk, truth.ntk_stderr, problem.present, promised(ATTENTION_NTK, 1.0)
     total = functools.reduce(jnp.add, parts.values())
     assert excess(total[0], *limit) < 1
     for name, part in parts.items():
@@ -120,7 +128,7 @@ def test_each_term_of_the_ntk_is_needed():
 def test_mean_over_nothing_but_correlation_0_fails():
     problem, truth = sampled("small logits")
     uncorrelated = terms(problem._replace(scale=1e-12))[0].value
-    limit = truth.nngp, truth.nngp_stderr, problem.present, promised(ATTENTION, 0.25)
+    limit = truth.nngp, truth.nngp_stderr, problem.present, promised(ATTENTION_NNGP, 0.25)
     assert excess(uncorrelated[0], *limit) > 1
 
 
@@ -318,7 +326,7 @@ def test_tokens_in_another_order(options):
     order = np.array([3, 0, 4, 2, 1])
     *_, kernel_fn = attention_layer(**options)
     nngp, permuted = kernel_fn(x).nngp, kernel_fn(x[:, order]).nngp
-    limit = 1e-6 if options else 3 * promised(ATTENTION, 1.0)
+    limit = 1e-6 if options else 3 * promised(ATTENTION_NNGP, 1.0)
     expected = nngp[:, :, order][..., order]
     np.testing.assert_allclose(permuted, expected, atol=limit * np.max(np.abs(nngp)))
 
@@ -356,7 +364,7 @@ def test_symmetric_and_positive_semi_definite():
         matrix = np.transpose(of, (0, 2, 1, 3)).reshape(80, 80)
         np.testing.assert_array_equal(matrix, matrix.T)
         values = np.linalg.eigvalsh(matrix)
-        assert values[0] > -promised(ATTENTION, 4.0) * values[-1]
+        assert values[0] > -promised(ATTENTION_NNGP, 4.0) * values[-1]
 
 
 def transformer(depth, last, **options):

@@ -351,6 +351,50 @@ def test_gradients_agree_with_differences_and_with_the_slope(order, method):
     np.testing.assert_allclose(gradients[1], slope, rtol=1e-5)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(("order", "n"), [(None, 10), (2, 2)])
+def test_derivatives_of_many_pairs(order, n):
+    """Fused and in blocks of columns, against few pairs at a time and against differences."""
+    rng = np.random.default_rng(0)
+    shape = 131, 257
+    a, b = (jnp.asarray(rng.uniform(0.1, 3, n)) for n in shape)
+    c = jnp.asarray(rng.uniform(-0.95, 0.95, shape)) * jnp.sqrt(a[:, None] * b)
+    weights = jnp.asarray(rng.standard_normal(shape))
+    assert c.size > covariance._FUSED_PAIRS > 11 * shape[1]
+
+    def total(a, c, b, weights):
+        # The slope, of which there is nothing but a derivative to ask for, and the value.
+        ((value, slope),) = covariance.covariances(
+            [Pairs(a[:, None], c, b)], n_classes=n, surrogate=parse(order), method=None
+        )
+        return jnp.sum(weights * (value + slope))
+
+    gradient = jax.jit(jax.grad(total, (0, 1, 2)))
+    got = gradient(a, c, b, weights)
+    parts = [
+        gradient(*(x[i : i + 11] for x in (a, c)), b, weights[i : i + 11])
+        for i in range(0, 131, 11)
+    ]
+    want = (
+        np.concatenate([part[0] for part in parts]),
+        np.concatenate([part[1] for part in parts]),
+        sum(part[2] for part in parts),
+    )
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-9)
+
+    def along(t):
+        return total(a * (1 + t), c * (1 + t) ** 0.5, b, weights)
+
+    step = 1e-4
+    values = [along(k * step) for k in (-1, 0, 1)]
+    first, second = (jax.jit(f)(0.0) for f in (jax.grad(along), jax.grad(jax.grad(along))))
+    scale = np.sum(np.abs(weights)) / n
+    np.testing.assert_allclose(first, (values[2] - values[0]) / (2 * step), atol=1e-7 * scale)
+    curvature = (values[2] - 2 * values[1] + values[0]) / step**2
+    np.testing.assert_allclose(second, curvature, atol=1e-5 * scale)
+
+
 def test_vmap_equals_broadcasting():
     a = jnp.linspace(0.1, 2, 6)
     direct = taylor_softmax.class_covariance(a, a / 2, a, n_classes=3, order=4)

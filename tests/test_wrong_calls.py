@@ -226,6 +226,31 @@ def test_half_precision_is_computed_in_single(dtype):
         np.testing.assert_array_equal(got, function(single).astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_in_kernels_and_inference(dtype):
+    x = jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)
+    labels = np.arange(6) % 3
+    for last in (stax.Softmax(), stax.TaylorSoftmax(4), stax.LogSoftmax()):
+        kernel_fn = stax.serial(stax.Dense(8), stax.Relu(), stax.Dense(3), last)[2]
+        half, single = kernel_fn(x.astype(dtype)), kernel_fn(x.astype(dtype).astype(jnp.float32))
+        for got, want in ((half.nngp, single.nngp), (half.ntk, single.ntk)):
+            assert got.dtype == dtype
+            limit = 8 * float(jnp.finfo(dtype).eps) * np.max(np.abs(want))
+            np.testing.assert_allclose(got.astype(jnp.float32), want, atol=limit)
+    kernel = stax.serial(stax.Dense(8), stax.Relu(), stax.Dense(3))[2](x, None, "nngp")
+    half = kernel.astype(dtype)
+    of_half, of_single = (
+        predict.categorical_inference(k, labels) for k in (half, half.astype(jnp.float32))
+    )
+    assert of_half.log_evidence == of_single.log_evidence
+    got, want = (
+        of_half(half[:2], half[:2, :2]),
+        of_single(*map(jnp.float32, (half[:2], half[:2, :2]))),
+    )
+    assert got.probabilities.dtype == dtype
+    np.testing.assert_array_equal(got.probabilities, want.probabilities.astype(dtype))
+
+
 def test_integers_and_lists_are_taken():
     for z in (jnp.array([[0, 1, 2]]), np.array([[0, 1, 2]])):
         np.testing.assert_allclose(applied(stax.Softmax(), z).sum(), 1, rtol=1e-12)

@@ -89,9 +89,13 @@ class LayerProblem:
         """Promised error of "nngp" or "ntk" over the largest entry; 0 of an exact kernel."""
         if not self.is_estimated:
             return 0.0
-        quantities = {"nngp": errors.POSITIONS_NNGP, "ntk": errors.POSITIONS_NTK}
-        quantity = errors.ATTENTION if self.axis == ATTENTION else quantities[kernel]
-        return errors.promised(quantity, max(self.var1, self.var2))
+        quantities = {
+            (POSITIONS, "nngp"): errors.POSITIONS_NNGP,
+            (POSITIONS, "ntk"): errors.POSITIONS_NTK,
+            (ATTENTION, "nngp"): errors.ATTENTION_NNGP,
+            (ATTENTION, "ntk"): errors.ATTENTION_NTK,
+        }
+        return errors.promised(quantities[self.axis, kernel], max(self.var1, self.var2))
 
     @property
     def n_positions(self) -> int:

@@ -46,7 +46,9 @@ INFINITE_WIDTH = "infinite width, any order"
 POSITIONS_CLOSED_FORM = "over up to 32 positions, order 2"
 POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
 POSITIONS_NTK = "over up to 16 positions, other orders and softmax, NTK"
-ATTENTION = "attention over up to 64 tokens, NNGP and NTK"
+ATTENTION_NNGP = "attention over up to 64 tokens of equal variances, NNGP"
+ATTENTION_NTK = "attention over up to 64 tokens of equal variances, NTK"
+ATTENTION_VARYING = "attention, variances of tokens by a factor 6, NNGP and NTK"
 PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 classes"
 
 # What errors are relative to: over an axis of i.i.d. logits, the value at correlation 1.
@@ -65,7 +67,9 @@ UNITS = {
     POSITIONS_CLOSED_FORM: "largest entry",
     POSITIONS_NNGP: "largest entry",
     POSITIONS_NTK: "largest entry",
-    ATTENTION: "largest entry",
+    ATTENTION_NNGP: "largest entry",
+    ATTENTION_NTK: "largest entry",
+    ATTENTION_VARYING: "largest entry",
     PROBABILITIES: "absolute",
 }
 
@@ -106,8 +110,13 @@ PROMISES = (
     Promise(POSITIONS_NNGP, 4.0, 1e-2, 1e-2),
     Promise(POSITIONS_NTK, 1.0, 4e-3, 4e-3),
     Promise(POSITIONS_NTK, 4.0, 2e-2, 2e-2),
-    Promise(ATTENTION, 1.0, 1e-3, 1e-3),
-    Promise(ATTENTION, 4.0, 7e-3, 7e-3),
+    Promise(ATTENTION_NNGP, 1.0, 1e-3, 1e-3),
+    Promise(ATTENTION_NNGP, 4.0, 7e-3, 7e-3),
+    Promise(ATTENTION_NTK, 1.0, 2e-3, 2e-3),
+    Promise(ATTENTION_NTK, 4.0, 1e-2, 1e-2),
+    Promise(ATTENTION_VARYING, 1.0, 3e-3, 3e-3),
+    Promise(ATTENTION_VARYING, 6.0, 1e-2, 1e-2),
+    Promise(ATTENTION_VARYING, 24.0, 3e-2, 3e-2),
     Promise(PROBABILITIES, 1e4, 1e-6, 1e-5),
 )
 

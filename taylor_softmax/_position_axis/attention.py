@@ -99,10 +99,11 @@ def attention_second_moment(
     `taylor_softmax.stax.GlobalSelfAttention` with weights of variance 1 for values and outputs.
     Covariances may be singular, and positive semi-definite up to rounding. Differentiable.
 
-    Errors: `ATTENTION` in `taylor_softmax._numerics.errors`, where all `K_aa` of an input are
-    equal. Where they differ by a factor of up to 6 errors are about 3 times as large (order 2: they
-    are 1e-3 then); causal attention, which has a mean over points for each query, is as good as
-    where they are equal, and takes `S^2` times as many operations.
+    Errors: `ATTENTION_NNGP` and `ATTENTION_NTK` in `taylor_softmax._numerics.errors` where all
+    `K_aa` of an input are equal, `ATTENTION_VARYING` where they differ by a factor of up to 6, by
+    the largest variance of the logits (order 2: they are 1e-3 then). Causal attention, which has a
+    mean over points for each query, is as good as where they are equal, and takes `S^2` times as
+    many operations.
 
     Args:
       cov11, cov12, cov22: `K11`, `K12`, `K22`, each `(..., S, S)`.
@@ -186,7 +187,7 @@ class Mechanism:
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
     """The methods that apply, the default one first."""
-    sampled = QuasiMonteCarlo(n_points=1 << 10)
+    sampled = QuasiMonteCarlo(n_points=1 << 11)
     return (Direct(), sampled) if surrogate.has_closed_form else (sampled,)
 
 

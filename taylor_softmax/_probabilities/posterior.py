@@ -1,6 +1,7 @@
 """The posterior of logits given class labels, and what it says of test inputs."""
 
 import dataclasses
+import functools
 import warnings
 from typing import Literal, NamedTuple, overload
 
@@ -13,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from taylor_softmax._numerics.arguments import Validated, check_integer
+from taylor_softmax._numerics.arguments import Validated, as_real, check_integer
 from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Exponential
 from taylor_softmax._probabilities import inference
@@ -103,7 +104,7 @@ class CategoricalPosterior:
         Raises:
           ValueError: shapes don't match, or the kernel is not finite.
         """
-        cross, prior = jnp.asarray(k_test_train), jnp.asarray(k_test_test)
+        (cross, prior), dtype = as_real(k_test_train=k_test_train, k_test_test=k_test_test)
         n_train = len(self.alpha)
         if cross.ndim != 2 or cross.shape[1] != n_train:
             raise ValueError(
@@ -120,10 +121,13 @@ class CategoricalPosterior:
         check_finite("k_test_test", prior)
         prior = jnp.diagonal(prior) if prior.ndim == 2 else prior
         logits = _latent(self.k_train_train, Sites(self.alpha, self.site_precision), cross, prior)
+        # Half precision comes back as it came.
+        half = jnp.finfo(dtype).bits < 32
+        as_given = functools.partial(jax.tree.map, lambda x: x.astype(dtype) if half else x)
         if latent:
-            return logits
+            return as_given(logits)
         result = moments(*logits, Exponential(), covariance)
-        return ClassPosterior(result.mean, result.covariance)
+        return as_given(ClassPosterior(result.mean, result.covariance))
 
 
 @jax.jit
@@ -284,11 +288,8 @@ def check_finite(name: str, array: Array) -> None:
     """Says where a concrete array is not finite; of a traced one nothing is known.
 
     Raises:
-      TypeError: it is not real.
       ValueError: it is not finite.
     """
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"`{name}` must be real, got {array.dtype}. Pass its real part.")
     if not isinstance(array, Tracer) and not np.isfinite(array).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise ValueError(f"`{name}` must be finite, got {array[where]} at {where}.")
@@ -300,8 +301,7 @@ def _arguments(
     n_classes: Validated[int | None],
 ) -> tuple[Array, Array]:
     """Kernel `(N, N)` and labels `(N, C)` of its dtype, or what is wrong with them."""
-    kernel = jnp.asarray(k_train_train)
-    kernel = kernel.astype(jnp.result_type(float, kernel))
+    (kernel,), dtype = as_real(k_train_train=k_train_train)
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not len(kernel):
         raise ValueError(
             f"`k_train_train` must have shape (N, N) with N >= 1, got {kernel.shape}. Pass the "
@@ -311,7 +311,7 @@ def _arguments(
     if not isinstance(kernel, Tracer):
         asymmetry = float(jnp.max(jnp.abs(kernel - kernel.T)))
         largest = float(jnp.max(jnp.abs(kernel)))
-        if asymmetry > _SYMMETRY * largest:
+        if asymmetry > max(_SYMMETRY, 2 * float(jnp.finfo(dtype).eps)) * largest:
             raise ValueError(
                 f"`k_train_train` must be symmetric, got entries up to {largest:.3g} that differ "
                 f"from their mirror image by up to {asymmetry:.3g}."
@@ -323,6 +323,8 @@ def _arguments(
 
 def _labels(y_train: Validated[ArrayLike], n: int, n_classes: Validated[int | None]) -> Array:
     y = jnp.asarray(y_train)
+    if y.ndim == 2:
+        (y,), _ = as_real(y_train=y)
     if y.ndim not in (1, 2) or len(y) != n:
         raise ValueError(
             f"`y_train` must have shape ({n},) or ({n}, C) for a kernel of {n} inputs, got "
