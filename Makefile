@@ -56,6 +56,7 @@ benchmark: setup
 	$(BIN)/python -m benchmarks.probabilities
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.fuzz
 
 # Goes on with what an interrupted run has saved; ACCURACY holds options, such as --quick.
 accuracy: setup

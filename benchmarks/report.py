@@ -47,12 +47,11 @@ def environment(module: str, given: Sequence[str]) -> str:
 
 
 def options(command: str, description: str | None) -> argparse.ArgumentParser:
-    """Those that all benchmarks have; the report is called as the program."""
+    """Those that all benchmarks have."""
     parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
     parser.add_argument("--quick", action="store_true", help="small, to try it out")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts alone")
-    report = Path("benchmarks/results") / f"{command.rpartition('.')[2]}.md"
-    parser.add_argument("--output", type=Path, default=report, help=f"({report})")
+    parser.add_argument("--output", type=Path, help="report (benchmarks/results/...)")
     return parser
 
 
@@ -62,16 +61,22 @@ def run(
     parts: Mapping[str, Callable[[], Iterable[str]]],
     arguments: argparse.Namespace,
 ) -> None:
-    """Publishes the parts asked for, all by default, after each of them anew."""
+    """Publishes the parts asked for, all by default, after each of them anew.
+
+    The report is called as the program, on a GPU with `_gpu` behind it.
+    """
     unknown = set(arguments.only) - set(parts)
     if unknown:
         sys.exit(f"--only {' '.join(sorted(unknown))}: there are {', '.join(parts)}")
-    report = [f"# {title}", environment(command, sys.argv[1:])]
+    on_gpu = jax.devices()[0].platform == "gpu"
+    name = f"{command.rpartition('.')[2]}{'_gpu' if on_gpu else ''}.md"
+    output = arguments.output or Path("benchmarks/results") / name
+    report = [f"# {title}{' on a GPU' if on_gpu else ''}", environment(command, sys.argv[1:])]
     for name, part in parts.items():
         if name in (arguments.only or parts):
             report += part()
-            save(report, arguments.output)
-    print(arguments.output.read_text(), end="")
+            save(report, output)
+    print(output.read_text(), end="")
 
 
 def publish(parts: Sequence[str], output: Path) -> None:

@@ -36,19 +36,21 @@ class Design:
 
     Attributes:
       coordinates: in which variances and correlations are sampled.
+      largest: variance.
       variances, correlations, classes: numbers of Chebyshev nodes.
       packing: errors that packing may make of slopes at variances up to each of
         `interpolant.VARIANCES`.
     """
 
     coordinates: interpolant.Coordinates
+    largest: float
     variances: int
     correlations: int
     classes: int
     packing: tuple[float, float, float, float]
 
 
-def design(surrogate: Surrogate) -> Design:
+def design(surrogate: Surrogate, *, near: bool) -> Design:
     """For every order; the costly ones, which few use, on fewer nodes.
 
     An output at large variances changes from one class to another over a share 1 / order of the
@@ -56,16 +58,19 @@ def design(surrogate: Surrogate) -> Design:
     correlation 1 grow like the logarithm of the variance, for which `tail` has room; softmax does
     without, and its million classes need nodes where sigma is about 5.
     """
-    order = surrogate.order
+    order, largest = surrogate.order, interpolant.span(surrogate, near=near)
     if order is None:
         coordinates = interpolant.Coordinates(4.0, 0.0, 1.4, 0.0)
-        return Design(coordinates, 52, 48, 24, (3e-7, 3e-7, 1e-6, 1e-5))
+        return Design(coordinates, largest, 52, 48, 24, (3e-7, 3e-7, 1e-6, 1e-5))
+    if near and interpolant.has_own_near_samples(surrogate):
+        coordinates = interpolant.Coordinates(8.0, 0.05, 0.8, 3 / order**2)
+        return Design(coordinates, largest, 36, 40, 20, (3e-7, 3e-7, 3e-7, 3e-7))
     knee, tail = (2.0, 0.2) if order == 2 else (3.0 if order <= 8 else 4.0, 0.05)
     coordinates = interpolant.Coordinates(knee, tail, 0.8, 3 / order**2)
     if order == 2:
-        return Design(coordinates, 44, 46, 24, (3e-8, 3e-8, 1e-7, 1e-6))
+        return Design(coordinates, largest, 44, 46, 24, (3e-8, 3e-8, 1e-7, 1e-6))
     counts = (42, 44, 22) if order <= 8 else (36, 34, 18) if order <= 22 else (32, 30, 16)
-    return Design(coordinates, *counts, (1e-6, 1e-6, 3e-6, 1e-5))
+    return Design(coordinates, largest, *counts, (1e-6, 1e-6, 3e-6, 1e-5))
 
 
 def nodes(count: int) -> np.ndarray:
@@ -73,7 +78,7 @@ def nodes(count: int) -> np.ndarray:
 
 
 def sigmas(of: Design) -> np.ndarray:
-    whole = of.coordinates.v(np.sqrt(interpolant.LARGEST_VARIANCE))
+    whole = of.coordinates.v(np.sqrt(of.largest))
     return of.coordinates.sigma((nodes(of.variances) + 1) / 2 * whole)
 
 
@@ -279,9 +284,8 @@ def _log_f(z: np.ndarray, surrogate: Surrogate) -> tuple[np.ndarray, np.ndarray]
     return value, slope
 
 
-def sample(surrogate: Surrogate) -> np.ndarray:
+def sample(surrogate: Surrogate, of: Design) -> np.ndarray:
     """`w dI / d rho`, `(v, v', s, n)`, at the nodes."""
-    of = design(surrogate)
     sigma, s, n = sigmas(of), nodes(of.correlations), numbers_of_classes(of)
     values = np.empty((sigma.size, sigma.size, s.size, n.size))
     for i in range(sigma.size):
@@ -293,7 +297,7 @@ def sample(surrogate: Surrogate) -> np.ndarray:
     return values
 
 
-def pack(surrogate: Surrogate, slopes: np.ndarray) -> dict[str, np.ndarray]:
+def pack(of: Design, slopes: np.ndarray) -> dict[str, np.ndarray]:
     """What `interpolant.grid` reads: a Tucker decomposition, its core in integers.
 
     Entries of the core are left out up to the errors that the design allows, measured at the nodes
@@ -302,7 +306,6 @@ def pack(surrogate: Surrogate, slopes: np.ndarray) -> dict[str, np.ndarray]:
     Args:
       slopes: from `sample`.
     """
-    of = design(surrogate)
     sigma, n = sigmas(of), numbers_of_classes(of)
     by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(of.correlations)[1], slopes)
     i = np.arange(sigma.size)
@@ -358,9 +361,8 @@ def _legendre_rule(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
     return (s + 1) / 2, weight / 2
 
 
-def measure(surrogate: Surrogate, given: interpolant.Grid) -> np.ndarray:
-    """Twice the largest errors found off the nodes: `Grid.errors`."""
-    of = design(surrogate)
+def measure(surrogate: Surrogate, of: Design, given: interpolant.Grid) -> np.ndarray:
+    """Twice the largest errors found off the nodes: `Grid.errors`; infinite beyond the grid."""
     rng = np.random.default_rng(0)
     n = np.array([[2, 2, 2], [3, 3, 4], [5, 7, 9], [10, 100, 1000], [1e4, 1e5, 9e5]])
     at = chebyshev.chebvander(interpolant.class_coordinate(n.ravel()), of.classes - 1)
@@ -368,7 +370,7 @@ def measure(surrogate: Surrogate, given: interpolant.Grid) -> np.ndarray:
     s = np.concatenate([-s, s, [-1, 1]])
     s_weight = np.concatenate([s_weight, s_weight, [0, 0]])
     degrees = chebyshev.chebvander(s, of.correlations - 1) @ given.correlation
-    whole = of.coordinates.v(np.sqrt(interpolant.LARGEST_VARIANCE))
+    whole = of.coordinates.v(np.sqrt(of.largest))
 
     def rows(sigma: float) -> tuple[np.ndarray, np.ndarray]:
         (basis,) = chebyshev.chebvander([2 * of.coordinates.v(sigma) / whole - 1], of.variances - 1)
@@ -396,6 +398,9 @@ def measure(surrogate: Surrogate, given: interpolant.Grid) -> np.ndarray:
 
     found = np.zeros((len(n), 2, len(interpolant.VARIANCES)))
     for k, top in enumerate(interpolant.VARIANCES):
+        if top > of.largest:
+            found[:, :, k] = np.inf
+            continue
         low, high = np.log(interpolant.VARIANCES[k - 1] if k else 1e-3) / 2, np.log(top) / 2
         for largest in (high, high, *rng.uniform(low, high, 5)):
             for smallest in (largest, rng.uniform(np.log(0.03), largest)):
@@ -407,12 +412,18 @@ def measure(surrogate: Surrogate, given: interpolant.Grid) -> np.ndarray:
 def main(arguments: list[str]) -> None:
     for each in arguments or ["softmax", *map(str, range(2, 34, 2))]:
         surrogate = parse(None if each == "softmax" else int(each))
-        arrays: Any = pack(surrogate, sample(surrogate))
-        # Which `measure` does not look at.
-        unknown = np.zeros((len(interpolant.GROUPS), 2, len(interpolant.VARIANCES)))
-        errors = measure(surrogate, interpolant.unpack({**arrays, "errors": unknown}))
-        np.savez_compressed(TARGET / interpolant.name(surrogate), **arrays, errors=errors)
-        print(f"{interpolant.name(surrogate)} written", flush=True)
+        for near in (True, False) if interpolant.has_own_near_samples(surrogate) else (False,):
+            write(surrogate, near=near)
+
+
+def write(surrogate: Surrogate, *, near: bool) -> None:
+    of, file = design(surrogate, near=near), interpolant.name(surrogate, near=near)
+    arrays: Any = pack(of, sample(surrogate, of))
+    # Which `measure` does not look at.
+    unknown = np.zeros((len(interpolant.GROUPS), 2, len(interpolant.VARIANCES)))
+    errors = measure(surrogate, of, interpolant.unpack({**arrays, "errors": unknown}, of.largest))
+    np.savez_compressed(TARGET / file, **arrays, errors=errors)
+    print(f"{file} written", flush=True)
 
 
 if __name__ == "__main__":

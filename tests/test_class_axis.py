@@ -448,11 +448,13 @@ def test_an_input_with_itself_has_the_covariance_of_its_probabilities(order, n, 
     assert abs(other / want - 1) > 1e-5
 
 
-@pytest.mark.parametrize("order", [None, 2, 8, 20])
-def test_shipped_samples_are_those_of_the_program(order):
+@pytest.mark.parametrize(
+    ("order", "near"), [(None, False), (2, False), (8, False), (20, False), (20, True)]
+)
+def test_shipped_samples_are_those_of_the_program(order, near):
     """A few of them, computed anew: what comes with the package is not stale."""
     of = parse(order)
-    design = class_axis_grids.design(of)
+    design = class_axis_grids.design(of, near=near)
     sigma = class_axis_grids.sigmas(design)
     n = np.array([2.0, 1000.0])
     i, j, k = sigma.size // 2, sigma.size // 5, design.correlations // 3

@@ -16,7 +16,8 @@ Y = jnp.eye(N_CLASSES)[jnp.arange(6) % N_CLASSES]
 
 def flax_network():
     linen = pytest.importorskip("flax.linen")
-    network = linen.Sequential([linen.Dense(16), linen.tanh, linen.Dense(N_CLASSES)])
+    first, last = (linen.Dense(n, param_dtype=X.dtype) for n in (16, N_CLASSES))
+    network = linen.Sequential([first, linen.tanh, last])
     return network.apply, network.init(random.key(1), X)
 
 

@@ -303,6 +303,22 @@ def test_users_cases_in_float32_are_finite(order):
         np.testing.assert_allclose(np.sum(kernel.nngp, (-1, -2)), 1, atol=1e-3)
 
 
+@pytest.mark.parametrize(("order", "kind"), [(2, "singular"), (None, "common part")])
+def test_128_positions(order, kind):
+    """Beyond what errors are promised for: finite, with gradients, and sums of 1."""
+    given = [jnp.asarray(x, jnp.float32) for x in oracle.problem(128, kind)[:3]]
+    method = None if order == 2 else QuasiMonteCarlo(64)
+
+    def corner(*given):
+        moment = taylor_softmax.joint_second_moment(*given, order=order, method=method)
+        return moment[0, 1], moment
+
+    gradients, moment = jax.jit(jax.grad(corner, (0, 1, 2), has_aux=True))(*given)
+    np.testing.assert_allclose(np.sum(moment), 1, atol=1e-3)
+    for each in (moment, *gradients):
+        assert np.all(np.isfinite(each))
+
+
 def test_large_variances_of_taylor_softmax_stay_between_0_and_1():
     of = oracle.problem(3, "common part")
     moment, _ = both_moments(of, 8)

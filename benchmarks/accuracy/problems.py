@@ -347,6 +347,12 @@ Problem = LayerProblem | NetworkProblem
 
 # Variances and correlation of the logits at both inputs.
 PAIRS = ((0.25, 0.25, 0.5), (1.0, 1.0, 0.9), (1.0, 4.0, -0.6), (4.0, 4.0, 0.3), (4.0, 4.0, 0.99))
+# Of class softmaxes; orders of 10 and more are known too little there for a test of exactness.
+LARGE_ORDERS = (2, 8, None)
+LARGE_PAIRS = (
+    *((25.0, 25.0, 0.9), (100.0, 100.0, 0.5), (1.0, 100.0, -0.6)),
+    *((1e3, 1e3, 0.9), (1e4, 1e4, 0.3), (1e4, 1e4, 0.99)),
+)
 # Products of exponentials of Gaussians of larger variance are too heavy-tailed to sample.
 WIDE_PAIRS = ((0.25, 0.25, 0.5), (0.5, 1.0, -0.6), (0.5, 0.5, 0.9), (1.0, 1.0, 0.5))
 
@@ -354,6 +360,7 @@ WIDE_PAIRS = ((0.25, 0.25, 0.5), (0.5, 1.0, -0.6), (0.5, 0.5, 0.9), (1.0, 1.0, 0
 def layer_problems(quick: bool) -> list[LayerProblem]:
     if quick:
         orders, sizes, pairs = (2, None), (10,), PAIRS[:3]
+        large_orders: tuple[int | None, ...] = ()
         wide_orders: tuple[int | None, ...] = (4,)
         exact, estimated = ((5, "random"),), ((4, 1.0),)
         estimated_orders: tuple[int | None, ...] = (None,)
@@ -364,11 +371,13 @@ def layer_problems(quick: bool) -> list[LayerProblem]:
             PAIRS,
             (2, 4, 8, None),
         )
+        large_orders = LARGE_ORDERS
         exact = ((2, "random"), (5, "random"), (5, "singular"), (16, "equicorrelated"))
         estimated = tuple((s, v) for s in (4, 8, 16) for v in (0.5, 1.0, 4.0))
         estimated_orders = (8, None)
     return [
         *(LayerProblem(CLASSES, o, n, *p) for o in orders for n in sizes for p in pairs),
+        *(LayerProblem(CLASSES, o, 10, *p) for o in large_orders for p in LARGE_PAIRS),
         *(LayerProblem(WIDTH, o, 1, *p) for o in wide_orders for p in WIDE_PAIRS),
         *(LayerProblem(POSITIONS, 2, s, *p, kind) for s, kind in exact for p in pairs[:4]),
         *(

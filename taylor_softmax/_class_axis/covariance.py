@@ -124,8 +124,9 @@ def covariances(
     if method is None:
         few = n_classes <= interpolant.LARGEST_N_CLASSES
         method = Interpolate() if few else Direct()
+    is_near = _is_near(blocks, surrogate)
     results = _covariances(
-        blocks, n_classes=n_classes, surrogate=surrogate, method=method, near=_is_near(blocks)
+        blocks, n_classes=n_classes, surrogate=surrogate, method=method, is_near=is_near
     )
     return [
         (layout.restore(value), layout.restore(slope))
@@ -133,13 +134,13 @@ def covariances(
     ]
 
 
-def _is_near(blocks: Sequence[Pairs]) -> bool | None:
-    """Whether all variances are at most `interpolant.NEAR`; None where numbers are yet to come.
+def _is_near(blocks: Sequence[Pairs], surrogate: Surrogate) -> bool | None:
+    """Whether variances are at most `interpolant.near_limit`; None where numbers are yet to come.
 
     What is known beforehand spares the compilation of the other branch.
     """
     try:
-        return bool(_largest_variance(blocks) <= interpolant.NEAR)
+        return bool(_largest_variance(blocks) <= interpolant.near_limit(surrogate))
     except jax.errors.ConcretizationTypeError:
         return None
 
@@ -182,38 +183,38 @@ class _Layout:
         return array.reshape(self._shape).transpose(inverse)
 
 
-@functools.partial(jax.jit, static_argnames=("n_classes", "surrogate", "method", "near"))
+@functools.partial(jax.jit, static_argnames=("n_classes", "surrogate", "method", "is_near"))
 def _covariances(
     blocks: list[Pairs],
     *,
     n_classes: int,
     surrogate: Surrogate,
     method: Method,
-    near: bool | None,
+    is_near: bool | None,
 ) -> list[tuple[Array, Array]]:
     """`(I, dI / dc)` for blocks, compiled also when called eagerly.
 
     Args:
-      near: from `_is_near`.
+      is_near: from `_is_near`.
     """
     if isinstance(method, Direct):
         return [_direct(block, n_classes, surrogate) for block in blocks]
 
-    def interpolate(blocks: list[Pairs], near: bool) -> list[tuple[Array, Array]]:
+    def interpolate(blocks: list[Pairs], is_near: bool) -> list[tuple[Array, Array]]:
         bits = jnp.finfo(blocks[0].cov12.dtype).bits
-        level = interpolant.level(surrogate, n_classes, bits, near=near)
+        level = interpolant.level(surrogate, n_classes, bits, is_near=is_near)
         return [
             interpolant.evaluate(level, *block, fused=block.cov12.size >= _FUSED_PAIRS)
             for block in blocks
         ]
 
-    if near is not None:
-        return interpolate(blocks, near)
-    inside = lax.stop_gradient(_largest_variance(blocks)) <= interpolant.NEAR
+    if is_near is not None:
+        return interpolate(blocks, is_near)
+    inside = lax.stop_gradient(_largest_variance(blocks)) <= interpolant.near_limit(surrogate)
     return lax.cond(
         inside,
-        functools.partial(interpolate, near=True),
-        functools.partial(interpolate, near=False),
+        functools.partial(interpolate, is_near=True),
+        functools.partial(interpolate, is_near=False),
         blocks,
     )
 

@@ -63,14 +63,15 @@ from taylor_softmax._numerics.surrogate import Surrogate
 LARGEST_N_CLASSES = 1_000_000
 LARGEST_VARIANCE = 1e6
 
-# Up to this variance half of the terms do: most data are within it.
-NEAR = 100.0
+# Orders from this one on have samples of their own for small variances. At large ones they change
+# within so little of them that a grid which spans all resolves it nowhere.
+OWN_NEAR_SAMPLES = 10
 
 # A slope that may be wrong by this much, relative to that at correlation 1, is NaN instead.
 WORST_SLOPE = 0.1
 
 # Up to which errors are told apart: variances, and numbers of classes.
-VARIANCES = 20.0, NEAR, 1e4, LARGEST_VARIANCE
+VARIANCES = 20.0, 100.0, 1e4, LARGEST_VARIANCE
 GROUPS = 2, 4, 9, 1000, LARGEST_N_CLASSES
 
 # What rows of factors may take of a core's cache.
@@ -171,6 +172,7 @@ class Grid(NamedTuple):
       errors: of value and slope, relative to those at correlation 1, for numbers of classes up to
         each of `GROUPS` and variances up to each of `VARIANCES`, `(5, 2, 4)`: twice the largest
         found off the nodes when the grid was made.
+      largest: variance that it spans.
     """
 
     core: np.ndarray
@@ -180,6 +182,7 @@ class Grid(NamedTuple):
     scale: np.ndarray
     coordinates: Coordinates
     errors: np.ndarray
+    largest: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,10 +218,26 @@ class Level(NamedTuple):
     coordinates: Coordinates
 
 
-def name(surrogate: Surrogate) -> str:
-    """Of the file that holds the grid of `surrogate`."""
-    order = surrogate.order
-    return "class_axis_softmax.npz" if order is None else f"class_axis_order_{order}.npz"
+def near_limit(surrogate: Surrogate) -> float:
+    """The variance up to which fewer terms do, or other samples: most data are within it."""
+    return 20.0 if has_own_near_samples(surrogate) else 100.0
+
+
+def has_own_near_samples(surrogate: Surrogate) -> bool:
+    return surrogate.order is not None and surrogate.order >= OWN_NEAR_SAMPLES
+
+
+def span(surrogate: Surrogate, *, near: bool) -> float:
+    """Largest variance of the grid that serves small ones, or all."""
+    own = near and has_own_near_samples(surrogate)
+    return near_limit(surrogate) if own else LARGEST_VARIANCE
+
+
+def name(surrogate: Surrogate, *, near: bool) -> str:
+    """Of the file that holds that grid."""
+    of = "softmax" if surrogate.order is None else f"order_{surrogate.order}"
+    own = near and has_own_near_samples(surrogate)
+    return f"class_axis_{of}{'_near' if own else ''}.npz"
 
 
 def class_coordinate(n: Any) -> Any:
@@ -228,13 +247,14 @@ def class_coordinate(n: Any) -> Any:
 
 
 @functools.cache
-def grid(surrogate: Surrogate) -> Grid:
-    file = importlib.resources.files("taylor_softmax._generated") / name(surrogate)
+def grid(surrogate: Surrogate, *, near: bool) -> Grid:
+    file = importlib.resources.files("taylor_softmax._generated") / name(surrogate, near=near)
     with file.open("rb") as stream, np.load(stream) as stored:
-        return unpack(stored)
+        return unpack(stored, span(surrogate, near=near))
 
 
-def unpack(stored: Mapping[str, np.ndarray]) -> Grid:
+def unpack(stored: Mapping[str, np.ndarray], largest: float) -> Grid:
+    """The grid of a file, which spans variances up to `largest`."""
     n_variance, n_correlation = stored["variance"].shape[1], stored["correlation"].shape[1]
     n_classes = stored["classes"].shape[1]
     # Bytes by significance: the high ones compress to nothing.
@@ -251,6 +271,7 @@ def unpack(stored: Mapping[str, np.ndarray]) -> Grid:
         stored["scale"],
         Coordinates(*stored["coordinates"].tolist()),
         stored["errors"],
+        largest,
     )
 
 
@@ -263,19 +284,21 @@ def tolerances(
     for noise. The same up to a variance of 1e4, whatever the pair: a call is as good as its largest
     variance allows. Pairs of unequal variances get the geometric mean.
     """
-    near = largest <= NEAR
+    is_near = largest <= near_limit(surrogate)
     if bits < 64:
-        steps = [2e-5, 2e-5] if near else [1e-4, 3e-4]
+        steps = [2e-5, 2e-5] if is_near else [1e-4, 3e-4]
     elif surrogate.has_closed_form:
-        steps = [3e-8, 3e-8] if near else [3e-7, 3e-6]
+        steps = [3e-8, 3e-8] if is_near else [3e-7, 3e-6]
     elif surrogate.order is None:
-        steps = [2e-7, 3e-7] if near else [2e-5, 2e-4]
+        steps = [2e-7, 3e-7] if is_near else [2e-5, 2e-4]
     else:
-        steps = [1e-6, 1e-6] if near else [2e-5, 2e-4]
+        steps = [1e-6, 1e-6] if is_near else [2e-5, 2e-4]
     ends = [0.5 * np.log(1e4), 0.5 * np.log(LARGEST_VARIANCE)]
-    at, places = np.log(sigma), np.log(VARIANCES) / 2
+    given = grid(surrogate, near=is_near)
+    spanned = np.array(VARIANCES) <= given.largest
+    at, places = np.log(sigma), np.log(np.array(VARIANCES)[spanned]) / 2
     least = np.interp(at, ends, np.log(steps))
-    known = np.log(grid(surrogate).errors[_group(n_classes)] / 4)
+    known = np.log(given.errors[_group(n_classes)][:, spanned] / 4)
     value, slope = (np.exp(np.maximum(least, np.interp(at, places, each))) for each in known)
     return value, slope
 
@@ -285,18 +308,18 @@ def _group(n_classes: int) -> int:
 
 
 @functools.cache
-def level(surrogate: Surrogate, n_classes: int, bits: int, *, near: bool) -> Level:
+def level(surrogate: Surrogate, n_classes: int, bits: int, *, is_near: bool) -> Level:
     """The interpolant for one number of classes, in float64 whatever the `bits` it is meant for.
 
     Args:
-      near: for variances up to `NEAR` only.
+      is_near: for variances up to `near_limit(surrogate)` only.
     """
-    given = grid(surrogate)
+    given = grid(surrogate, near=is_near)
     (at,) = chebyshev.chebvander(class_coordinate(n_classes), len(given.classes) - 1)
-    largest = NEAR if near else LARGEST_VARIANCE
+    largest = near_limit(surrogate) if is_near else LARGEST_VARIANCE
     x, to_coefficients = chebyshev_rule(_NODES)
     v = (x + 1) / 2 * given.coordinates.v(math.sqrt(largest))
-    whole = given.coordinates.v(math.sqrt(LARGEST_VARIANCE))
+    whole = given.coordinates.v(math.sqrt(given.largest))
     basis = chebyshev.chebvander(2 * v / whole - 1, len(given.variance) - 1)
     sigma = given.coordinates.sigma(v)
 
@@ -325,7 +348,8 @@ def error(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> tu
     made, and what its terms are cut off at. Rounding comes on top.
     """
     step = np.searchsorted(VARIANCES, min(largest, LARGEST_VARIANCE))
-    known = grid(surrogate).errors[_group(n_classes), :, step]
+    is_near = largest <= near_limit(surrogate)
+    known = grid(surrogate, near=is_near).errors[_group(n_classes), :, step]
     cut_off = tolerances(surrogate, n_classes, largest, np.sqrt(np.array([largest])), bits)
     # Between the nodes on which they were cut, terms leave up to three times that (measured).
     value, slope = (float(each + 4 * cut[0]) for each, cut in zip(known, cut_off, strict=True))
