@@ -284,7 +284,7 @@ def tolerances(
     for noise. The same up to a variance of 1e4, whatever the pair: a call is as good as its largest
     variance allows. Pairs of unequal variances get the geometric mean.
     """
-    is_near = largest <= near_limit(surrogate)
+    is_near = bool(largest <= near_limit(surrogate))
     if bits < 64:
         steps = [2e-5, 2e-5] if is_near else [1e-4, 3e-4]
     elif surrogate.has_closed_form:
@@ -348,7 +348,7 @@ def error(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> tu
     made, and what its terms are cut off at. Rounding comes on top.
     """
     step = np.searchsorted(VARIANCES, min(largest, LARGEST_VARIANCE))
-    is_near = largest <= near_limit(surrogate)
+    is_near = bool(largest <= near_limit(surrogate))
     known = grid(surrogate, near=is_near).errors[_group(n_classes), :, step]
     cut_off = tolerances(surrogate, n_classes, largest, np.sqrt(np.array([largest])), bits)
     # Between the nodes on which they were cut, terms leave up to three times that (measured).
