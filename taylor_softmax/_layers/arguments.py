@@ -64,7 +64,9 @@ def in_single_at_least(kernel_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cast(k: Any, dtype: Any) -> Any:
-    def each(x: Array) -> Array:
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    # Leaves of a kernel are its flags, too.
+    def each(x: Any) -> Any:
+        is_real = isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(dtype) if is_real else x
 
     return jax.tree.map(each, k)
