@@ -37,7 +37,8 @@ class Overlay(types.ModuleType):
 def put(module: types.ModuleType, **names: Any) -> None:
     for name, value in names.items():
         setattr(module, name, value)
-        if isinstance(value, Overlay) and not isinstance(module, Overlay):
+        # Not `isinstance`, which asks a lazy module for its class, and loads it.
+        if type(value) is Overlay and type(module) is not Overlay:
             value._place = (module.__name__, name)
 
 

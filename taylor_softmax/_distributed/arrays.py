@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,14 +45,14 @@ def kernel_array(
     Args:
       kernel_fn: as neural_tangents and `taylor_softmax.stax` have it, called as
         `kernel_fn(x1, x2, get)`, with None for `x2` on the diagonal. Set other arguments by
-        `functools.partial`. Workers get it by cloudpickle.
+        `functools.partial`. Other processes get it by cloudpickle.
       x1, x2: inputs, `(N1, ...)` and `(N2, ...)`: arrays of NumPy, JAX, dask or zarr, or the path
         of a zarr array, read tile by tile. Also tuples or lists of them, for networks of several
         inputs. Integers count as floating-point numbers, but in a tuple or list remain integers.
       get: "nngp", "ntk" or a tuple of both.
       chunks: rows and columns of a tile; those at the end may have fewer.
-      dtype: to compute in. None is that of the inputs, float64 only where JAX has it enabled;
-        `dtype="float64"` enables it for this kernel.
+      dtype: of inputs and results. None leaves it to JAX, its settings, and the inputs;
+        "float64" enables it for this kernel, others disable it.
 
     Returns:
       An array of shape `(N1, N2)`, or a named tuple of them as `get` names them. Compute them
@@ -59,68 +60,77 @@ def kernel_array(
 
     Raises:
       ImportError: dask is not installed.
-      TypeError: `kernel_fn` is not callable or can't be sent to workers, or arguments are of other
-        types.
+      TypeError: `kernel_fn` is not callable, or arguments are of other types; when it is sent to
+        other processes, it can't be pickled.
       ValueError: shapes of inputs don't fit, `get` names no kernel, or the kernel is not a plain
         matrix `(N1, N2)`, such as that of a network without a readout.
     """
     plan = make_plan(kernel_fn, x1, x2, get, chunks, dtype)
     tiles = f"tiles-{plan.token}"
-    graph: dict[Any, Any] = {(tiles, i, j): plan.task(i, j) for i, j in plan.tiles()}
-    layers = [f"{name}-{plan.token}" for name in plan.names]
-    for k, layer in enumerate(layers):
+    graph = plan.graph(tiles, {(tiles, i, j): plan.task(i, j) for i, j in plan.tiles()})
+    arrays = []
+    for k, (name, kind) in enumerate(zip(plan.names, plan.dtypes, strict=True)):
+        layer, tasks = f"{name}-{plan.token}", {}
         for i, j in np.ndindex(*plan.blocks):
             swap = plan.symmetric and i > j
-            graph[layer, i, j] = (_part, (tiles, j, i) if swap else (tiles, i, j), k, swap)
-    whole = plan.graph(tiles, graph)
-    arrays = [
-        da.Array(whole, layer, plan.chunks, dtype=dtype, shape=plan.shape)
-        for layer, dtype in zip(layers, plan.dtypes, strict=True)
-    ]
+            tasks[layer, i, j] = (_part, (tiles, j, i) if swap else (tiles, i, j), k, swap)
+        whole = HighLevelGraph(
+            {**graph.layers, layer: tasks}, {**graph.dependencies, layer: {tiles}}
+        )
+        arrays.append(da.Array(whole, layer, plan.chunks, dtype=kind, shape=plan.shape))
     return arrays[0] if isinstance(get, str) else named(plan.names, arrays)
 
 
 class Function:
-    """`kernel_fn` where it runs: loaded and compiled when a process first calls it."""
+    """`kernel_fn` where it runs: compiled when a process first calls it with a shape."""
 
-    def __init__(self, payload: bytes):
-        self.payload = payload
+    def __init__(self, parts: Any, payload: bytes | None):
+        self._parts = parts
+        self._payload = payload
         self._lock = threading.Lock()
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[str, Any] = {}
+        self.token = uuid.uuid4().hex if payload is None else tokenize(payload)
 
     def __reduce__(self) -> Any:
-        return _function, (self.payload,)
-
-    @functools.cached_property
-    def _loaded(self) -> Any:
-        return cloudpickle.loads(self.payload)
+        # Raises here if it has to: threads of this process do without.
+        payload = cloudpickle.dumps(self._parts) if self._payload is None else self._payload
+        return _loaded, (payload,)
 
     def abstract(self, x1: list[Any], x2: list[Any]) -> tuple[Any, ...]:
         """Shapes and dtypes of results, for those of inputs."""
-        with _enable_x64(self._loaded[2]):
+        with _enable_x64(self._parts[2]):
             return jax.eval_shape(self._call, x1, x2)
 
     def _call(self, x1: list[Any], x2: list[Any] | None) -> tuple[Any, ...]:
-        kernel_fn, names, _, structure = self._loaded
+        kernel_fn, names, _, structure = self._parts
         tree = functools.partial(jax.tree.unflatten, jax.tree.structure(structure))
         kernel = kernel_fn(tree(x1), None if x2 is None else tree(x2), names)
         return tuple(getattr(kernel, name) for name in names)
 
     def __call__(self, x1: list[Any], x2: list[Any] | None) -> tuple[np.ndarray, ...]:
-        with _enable_x64(self._loaded[2]):
+        with _enable_x64(self._parts[2]):
             x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
-            shapes = str(jax.tree.map(jnp.shape, (x1, x2)))
+            kinds = str(jax.tree.map(lambda x: (x.shape, x.dtype), (x1, x2)))
             # Threads of a worker that start together would otherwise compile together.
             with self._lock:
-                if shapes not in self._compiled:
-                    self._compiled[shapes] = jax.jit(self._call).lower(x1, x2).compile()
-            return tuple(np.asarray(kernel) for kernel in self._compiled[shapes](x1, x2))
+                if kinds not in self._compiled:
+                    self._compiled[kinds] = jax.jit(self._call).lower(x1, x2).compile()
+            return tuple(np.asarray(kernel) for kernel in self._compiled[kinds](x1, x2))
+
+
+def _function(*parts: Any) -> Function:
+    """Of `kernel_fn`, names of kernels, whether in float64, and the structure of inputs."""
+    try:
+        payload = cloudpickle.dumps(parts)
+    except Exception:
+        return Function(parts, None)
+    return _loaded(payload)
 
 
 @functools.lru_cache(maxsize=8)
-def _function(payload: bytes) -> Function:
+def _loaded(payload: bytes) -> Function:
     """One for all tiles that a process computes, and for its next call."""
-    return Function(payload)
+    return Function(cloudpickle.loads(payload), payload)
 
 
 def _enable_x64(enable: bool) -> Any:
@@ -167,7 +177,7 @@ class Plan:
     @functools.cached_property
     def token(self) -> str:
         names = [x.name for x in self.x1 + (self.x2 or [])]
-        return tokenize(self.function.payload, names, self.symmetric)
+        return tokenize(self.function.token, names, self.symmetric)
 
     def tiles(self) -> list[tuple[int, int]]:
         """Those to compute."""
@@ -214,7 +224,7 @@ def make_plan(kernel_fn: Any, x1: Any, x2: Any, get: Any, chunks: Any, dtype: An
             raise TypeError(f"`dtype` must be a floating-point dtype, got {dtype!r}.") from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"`dtype` must be a floating-point dtype, got {dtype}.")
-    x64 = default == np.float64 or dtype == np.float64
+    x64 = (default if dtype is None else dtype) == np.float64
     first, structure = _blocks("x1", x1, size, dtype, x64)
     second = None
     if x2 is not None:
@@ -225,11 +235,7 @@ def make_plan(kernel_fn: Any, x1: Any, x2: Any, get: Any, chunks: Any, dtype: An
                 f"`x1` and `x2` must be alike but for their number, got inputs of shapes {shapes1} "
                 f"and {shapes2}."
             )
-    try:
-        payload = cloudpickle.dumps((kernel_fn, tuple(names), x64, structure))
-    except Exception as error:
-        raise TypeError(f"`kernel_fn` can't be pickled for the workers: {error}") from error
-    function = _function(payload)
+    function = _function(kernel_fn, tuple(names), x64, structure)
     # Of two and three inputs, which tells the axes of the kernel from each other.
     few = [[jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for x in first] for n in (2, 3)]
     kernels = function.abstract(*few)
@@ -238,8 +244,8 @@ def make_plan(kernel_fn: Any, x1: Any, x2: Any, get: Any, chunks: Any, dtype: An
         if shape != (2, 3):
             raise ValueError(
                 f"`kernel_fn` must give a matrix (N1, N2) as `{name}`, got shape {shape} for two "
-                f"and three inputs. End the network in a readout, such as Flatten or GlobalAvgPool "
-                f"and Dense, and leave class_kernel for the stored kernel."
+                f"and three inputs. Kernels between positions or classes are not stored: end the "
+                f"network in a readout, such as Flatten, or GlobalAvgPool and Dense."
             )
     return Plan(tuple(names), function, first, second, tuple(np.dtype(k.dtype) for k in kernels))
 

@@ -209,7 +209,7 @@ def _open(url: Any, plan: Plan, resume: bool) -> _Target:
 def _check_origin(
     url: str, found: dict[str, Any], origin: dict[str, Any], dtypes: tuple[np.dtype, ...]
 ) -> None:
-    for what in ("get", "shape", "symmetric", "dtype", "chunks"):
+    for what in ("get", "shape", "symmetric", "dtype", "dtype of inputs", "chunks"):
         if found.get(what) != origin[what]:
             raise ValueError(
                 f"`url` {url} holds a kernel of another {what}: {found.get(what)}, and this call "
@@ -245,6 +245,7 @@ def _origin(plan: Plan) -> dict[str, Any]:
         "get": list(plan.names),
         "shape": list(plan.shape),
         "dtype": [str(dtype) for dtype in plan.dtypes],
+        "dtype of inputs": [str(x.dtype) for x in plan.x1 + (plan.x2 or [])],
         "chunks": max(map(max, plan.chunks)),
         "symmetric": plan.symmetric,
         **{k: hashlib.sha256(b"".join(each)).hexdigest() for k, each in digests.items()},
