@@ -168,11 +168,14 @@ def _open(url: Any, plan: Plan, resume: bool) -> _Target:
     """The store, made or checked against the plan."""
     zarr = import_zarr()
     where = str(url)
-    url = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if isinstance(url, os.PathLike) or (isinstance(url, str) and "://" not in url):
+        # Workers may be in other folders.
+        url = os.path.abspath(url)
     try:
         group = zarr.open_group(store=url, mode="a")
     except (TypeError, ValueError) as error:
-        raise type(error)(f"`url` must be a zarr group, got {where}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"`url` must be a zarr group, got {where}: {error}") from error
     found = group.attrs.get(_ATTRIBUTE)
     if found is None and (dict(group.attrs) or len(group) > 0):
         raise ValueError(f"`url` holds something else than a kernel of this library: {where}.")
@@ -238,9 +241,11 @@ def _origin(plan: Plan) -> dict[str, Any]:
     blocks = {
         k: [digest(b) for x in each for b in x.to_delayed().ravel()] for k, each in xs.items()
     }
-    some = {k: [x[_spread(len(x))] for x in each] for k, each in xs.items()}
-    digests, some = compute(blocks, some)
-    probe = plan.function(some["x1"], None if plan.symmetric else some["x2"])
+    # Inputs with others, not with themselves, where an NTK is as exact as the root of rounding.
+    first, others = plan.x1, plan.x2 or plan.x1
+    few = [x[_spread(len(x))[::2]] for x in first], [x[_spread(len(x))[-1::-2]] for x in others]
+    digests, few = compute(blocks, few)
+    probe = plan.function(*few)
     return {
         "get": list(plan.names),
         "shape": list(plan.shape),
@@ -263,4 +268,5 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def _spread(n: int) -> np.ndarray:
-    return np.unique(np.linspace(0, n - 1, _PROBES).astype(int))
+    """An even number of inputs, where there are as many."""
+    return np.unique(np.linspace(0, n - 1, min(n, 2 * _PROBES)).astype(int))
