@@ -8,7 +8,7 @@ DOCS := .venv-docs
 BIN := $(VENV)/bin
 
 .PHONY: setup demo transformer test test-all test-oldest test-install check format derivations docs benchmark \
-	accuracy build clean
+	accuracy large-kernel build clean
 
 setup: $(VENV)/.installed
 
@@ -57,10 +57,15 @@ benchmark: setup
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.fuzz
+	$(BIN)/python -m benchmarks.distributed
 
 # Goes on with what an interrupted run has saved; ACCURACY holds options, such as --quick.
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
+
+# Into ./kernel; after an interruption, on from there. OPTIONS has more, such as --scheduler.
+large-kernel: setup
+	$(BIN)/python examples/large_kernel.py --resume $(OPTIONS)
 
 # Source distribution and wheel, in dist/.
 build: setup

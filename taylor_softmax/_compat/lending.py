@@ -14,7 +14,13 @@ import jax.extend.core
 
 
 class Overlay(types.ModuleType):
-    """`module` with a few names replaced, for one importer to see; the module does not change."""
+    """`module` with a few names replaced, for one importer to see; the module does not change.
+
+    Pickled, as part of an importer's function, it is what that importer sees where it is loaded.
+    """
+
+    # The importer and the name that it sees this as.
+    _place: tuple[str, str]
 
     def __init__(self, module: types.ModuleType, **names: Any):
         super().__init__(module.__name__, module.__doc__)
@@ -24,10 +30,20 @@ class Overlay(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._overlaid, name)
 
+    def __reduce__(self) -> Any:
+        return _seen_by, self._place
+
 
 def put(module: types.ModuleType, **names: Any) -> None:
     for name, value in names.items():
         setattr(module, name, value)
+        # Not `isinstance`, which asks a lazy module for its class, and loads it.
+        if type(value) is Overlay and type(module) is not Overlay:
+            value._place = (module.__name__, name)
+
+
+def _seen_by(importer: str, name: str) -> Any:
+    return getattr(importlib.import_module(importer), name)
 
 
 # What `jax.util`'s functions of these names do: return a list, raise where lengths differ.
