@@ -40,6 +40,9 @@ def kernel(x1: Any, x2: Any) -> Array:
 class Network(Kernel):
     """The same kernel as scikit-learn takes it; it has nothing to optimise."""
 
+    def __init__(self) -> None:
+        """Without parameters, which scikit-learn reads off this signature."""
+
     def __call__(self, X: Any, Y: Any = None, eval_gradient: bool = False) -> Any:
         value = np.asarray(kernel(X, Y))
         return (value, np.empty((*value.shape, 0))) if eval_gradient else value
