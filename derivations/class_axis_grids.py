@@ -64,7 +64,8 @@ def design(surrogate: Surrogate, *, near: bool) -> Design:
         return Design(coordinates, largest, 52, 48, 24, (3e-7, 3e-7, 1e-6, 1e-5))
     if near and interpolant.has_own_near_samples(surrogate):
         coordinates = interpolant.Coordinates(8.0, 0.05, 0.8, 3 / order**2)
-        return Design(coordinates, largest, 36, 40, 20, (3e-7, 3e-7, 3e-7, 3e-7))
+        counts = (42, 44, 22) if order <= 8 else (36, 40, 20)
+        return Design(coordinates, largest, *counts, (3e-7, 3e-7, 3e-7, 3e-7))
     knee, tail = (2.0, 0.2) if order == 2 else (3.0 if order <= 8 else 4.0, 0.05)
     coordinates = interpolant.Coordinates(knee, tail, 0.8, 3 / order**2)
     if order == 2:

@@ -65,7 +65,7 @@ LARGEST_VARIANCE = 1e6
 
 # Orders from this one on have samples of their own for small variances. At large ones they change
 # within so little of them that a grid which spans all resolves it nowhere.
-OWN_NEAR_SAMPLES = 10
+OWN_NEAR_SAMPLES = 4
 
 # A slope that may be wrong by this much, relative to that at correlation 1, is NaN instead.
 WORST_SLOPE = 0.1
@@ -220,7 +220,7 @@ class Level(NamedTuple):
 
 def near_limit(surrogate: Surrogate) -> float:
     """The variance up to which fewer terms do, or other samples: most data are within it."""
-    return 20.0 if has_own_near_samples(surrogate) else 100.0
+    return 100.0 if surrogate.order is None or surrogate.order <= 8 else 20.0
 
 
 def has_own_near_samples(surrogate: Surrogate) -> bool:
