@@ -352,7 +352,7 @@ def test_gradients_agree_with_differences_and_with_the_slope(order, method):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("order", "n"), [(None, 10), (2, 2)])
+@pytest.mark.parametrize(("order", "n"), [(None, 10), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_derivatives_of_many_pairs(order, n):
     """Fused and in blocks of columns, against few pairs at a time and against differences."""
     rng = np.random.default_rng(0)

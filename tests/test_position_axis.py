@@ -303,7 +303,10 @@ def test_users_cases_in_float32_are_finite(order):
         np.testing.assert_allclose(np.sum(kernel.nngp, (-1, -2)), 1, atol=1e-3)
 
 
-@pytest.mark.parametrize(("order", "kind"), [(2, "singular"), (None, "common part")])
+@pytest.mark.parametrize(
+    ("order", "kind"),
+    [pytest.param(2, "singular", marks=pytest.mark.slow), (None, "common part")],
+)
 def test_128_positions(order, kind):
     """Beyond what errors are promised for: finite, with gradients, and sums of 1."""
     given = [jnp.asarray(x, jnp.float32) for x in oracle.problem(128, kind)[:3]]
