@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.report import options, progress, run, table
+from benchmarks.report import name, options, precision, progress, run, table
 from taylor_softmax import joint_second_moment
 from taylor_softmax.methods import QuasiMonteCarlo
 from taylor_softmax.predict import (
@@ -27,11 +27,6 @@ POSITIONS = (2, 5, 7, 16, 28)
 N_POINTS = 256  # a pair of inputs
 
 
-def precision(x64: bool) -> Any:
-    jax.config.update("jax_enable_x64", x64)
-    return np.float64 if x64 else np.float32
-
-
 def row(results: Iterator[tuple[list[Array], Array]]) -> list[str]:
     """What a table says of arrays that must be finite, and of what must be 1 or less."""
     finite, worst, size = True, 0.0, 0
@@ -40,6 +35,17 @@ def row(results: Iterator[tuple[list[Array], Array]]) -> list[str]:
         worst = max(worst, float(jnp.max(excess)))
         size += excess.size
     return [f"{size:,}", "yes" if finite else "NO", f"{worst:.0e}"]
+
+
+def by_surrogate(what: str, results: Callable[..., Iterator[tuple[list[Array], Array]]]) -> str:
+    """The table of `results(order, dtype)`."""
+    rows = []
+    for x64 in (False, True):
+        dtype = precision(x64)
+        for order in ORDERS:
+            progress(f"{what}, {name(order)}, {np.dtype(dtype).name}")
+            rows.append([name(order), np.dtype(dtype).name, *row(results(order, dtype))])
+    return table(["surrogate", "dtype", what, "all finite", "sum - 1"], rows)
 
 
 def logits(rng: Any, n: int, n_classes: int, dtype: Any) -> tuple[Array, Array]:
@@ -77,14 +83,7 @@ def probabilities(size: int) -> str:
                 gradients, outputs = gradient(mean, variance, order)
                 yield [*gradients, *outputs], jnp.abs(jnp.sum(outputs[0], -1) - 1)
 
-    rows = []
-    for x64 in (False, True):
-        dtype = precision(x64)
-        for order in ORDERS:
-            progress(f"class probabilities, order {order}, {np.dtype(dtype).name}")
-            label = "softmax" if order is None else f"order {order}"
-            rows.append([label, np.dtype(dtype).name, *row(results(order, dtype))])
-    return table(["surrogate", "dtype", "rows", "all finite", "sum - 1"], rows)
+    return by_surrogate("rows", results)
 
 
 def covariances(rng: Any, n: int, size: int, dtype: Any) -> tuple[Array, ...]:
@@ -126,14 +125,7 @@ def positions(size: int) -> str:
                 gradients, moment = gradient(*given)
                 yield [*gradients, moment], jnp.abs(jnp.sum(moment, (-2, -1)) - 1)
 
-    rows = []
-    for x64 in (False, True):
-        dtype = precision(x64)
-        for order in ORDERS:
-            progress(f"positions, order {order}, {np.dtype(dtype).name}")
-            label = "softmax" if order is None else f"order {order}"
-            rows.append([label, np.dtype(dtype).name, *row(results(order, dtype))])
-    return table(["surrogate", "dtype", "pairs", "all finite", "sum - 1"], rows)
+    return by_surrogate("pairs", results)
 
 
 PROBABILITIES = """\

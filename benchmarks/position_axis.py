@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from benchmarks.report import options, progress, run, table
+from benchmarks.report import name, options, progress, run, table
 from benchmarks.timing import interleaved, medians
 from oracles import position_axis as oracle
 from taylor_softmax import joint_second_moment, monte_carlo, stax
@@ -23,10 +23,6 @@ VARIANCES = (0.25, 1.0, 4.0)
 CORRELATIONS = (-0.9, 0.5, 0.95, 0.999)
 ORDERS = (4, 8, None)
 N_EIGEN = 30
-
-
-def name(order: int | None) -> str:
-    return "softmax" if order is None else f"order {order}"
 
 
 def covariances(size: int, kind: str, variance: float) -> tuple[np.ndarray, ...]:

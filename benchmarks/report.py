@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 
 def progress(message: str) -> None:
@@ -25,6 +27,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in (header, rule, *rows)
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def name(order: int | None) -> str:
+    """Of the surrogate, as tables have it."""
+    return "softmax" if order is None else f"order {order}"
+
+
+def precision(x64: bool) -> Any:
+    """Sets it, and is the dtype of what is to be computed."""
+    jax.config.update("jax_enable_x64", x64)
+    return np.float64 if x64 else np.float32
 
 
 def environment(module: str, given: Sequence[str]) -> str:
@@ -69,11 +82,11 @@ def run(
     if unknown:
         sys.exit(f"--only {' '.join(sorted(unknown))}: there are {', '.join(parts)}")
     on_gpu = jax.devices()[0].platform == "gpu"
-    name = f"{command.rpartition('.')[2]}{'_gpu' if on_gpu else ''}.md"
-    output = arguments.output or Path("benchmarks/results") / name
+    file = f"{command.rpartition('.')[2]}{'_gpu' if on_gpu else ''}.md"
+    output = arguments.output or Path("benchmarks/results") / file
     report = [f"# {title}{' on a GPU' if on_gpu else ''}", environment(command, sys.argv[1:])]
-    for name, part in parts.items():
-        if name in (arguments.only or parts):
+    for each, part in parts.items():
+        if each in (arguments.only or parts):
             report += part()
             save(report, output)
     print(output.read_text(), end="")

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 import taylor_softmax
-from benchmarks.report import options, progress, run, table
+from benchmarks.report import name, options, precision, progress, run, table
 from benchmarks.timing import interleaved, medians, seconds
 from taylor_softmax import monte_carlo, stax
 
@@ -43,10 +43,6 @@ def softmax(order: int | None) -> Any:
     return stax.Softmax() if order is None else stax.TaylorSoftmax(order)
 
 
-def name(order: int | None) -> str:
-    return "softmax" if order is None else f"order {order}"
-
-
 def inputs(n: int, spread: str, dtype: Any, seed: int = 0) -> Array:
     """Inputs, in random order, at which the logits' variances are spread geometrically."""
     rng = np.random.default_rng(seed)
@@ -55,11 +51,6 @@ def inputs(n: int, spread: str, dtype: Any, seed: int = 0) -> Array:
     x /= np.sqrt(np.mean(x**2, axis=1, keepdims=True))
     variances = rng.permutation(np.geomspace(*SPREADS[spread], n))
     return jnp.asarray(x * np.sqrt(variances)[:, None], dtype)
-
-
-def precision(x64: bool) -> Any:
-    jax.config.update("jax_enable_x64", x64)
-    return np.float64 if x64 else np.float32
 
 
 def compiled(layer: Any, n_classes: int, x: Array) -> tuple[Callable[[Any], Any], int]:

@@ -102,6 +102,7 @@ class CategoricalPosterior:
           latent: whether to return means and variances of the logits instead, `(M, C)` each.
 
         Raises:
+          TypeError: the kernel is complex, or no array of numbers.
           ValueError: shapes don't match, or the kernel is not finite.
         """
         (cross, prior), dtype = as_real(k_test_train=k_test_train, k_test_test=k_test_test)
