@@ -74,7 +74,7 @@ def probabilities(size: int) -> str:
         return jnp.sum(p * weights) + sum(map(jnp.sum, outputs[1:])), outputs
 
     def results(order: int | None, dtype: Any) -> Iterator[tuple[list[Array], Array]]:
-        gradient = jax.grad(summed, (0, 1), has_aux=True)
+        gradient = jax.jit(jax.grad(summed, (0, 1), has_aux=True), static_argnums=2)
         for n_classes in CLASSES:
             rng = np.random.default_rng(n_classes)
             for _ in range(4):

@@ -79,7 +79,11 @@ def _integrals(
     """
     at, weights = _sine_rule(_NODES)
     evaluate = functools.partial(
-        covariances, n_classes=n_classes, surrogate=Exponential(), method=method
+        covariances,
+        n_classes=n_classes,
+        surrogate=Exponential(),
+        method=method,
+        slopes=[False] * len(requests),
     )
 
     # Rematerialised in the backward pass, which otherwise would keep every node's intermediates.

@@ -87,6 +87,7 @@ def class_covariance(
         n_classes=check_n_classes(n_classes),
         surrogate=surrogate,
         method=check_method(method, surrogate),
+        slopes=[False],
     )
     return jnp.where(valid, covariance, jnp.nan).astype(dtype)
 
@@ -104,17 +105,27 @@ def check_method(method: Any, surrogate: Surrogate) -> Method | None:
 
 
 def covariances(
-    requests: Sequence[Pairs], *, n_classes: int, surrogate: Surrogate, method: Method | None
-) -> list[tuple[Float[Array, "..."], Float[Array, "..."]]]:
-    """`(I, dI / dc)` for every one of `requests`, which share one table.
+    requests: Sequence[Pairs],
+    *,
+    n_classes: int,
+    surrogate: Surrogate,
+    method: Method | None,
+    slopes: Sequence[bool],
+) -> list[tuple[Float[Array, "..."], Float[Array, "..."] | None]]:
+    """`(I, dI / dc)` for every one of `requests`, which are compiled together.
 
     Arguments as those of `class_covariance`; each result has the shape that its request
     broadcasts to.
+
+    Args:
+      slopes: of which requests `dI / dc` is asked for; it is None for the others, which take half
+        the time to trace and to compile.
     """
     dtype = jnp.result_type(float, *(array for request in requests for array in request))
     shapes = [jnp.broadcast_shapes(*(array.shape for array in request)) for request in requests]
     if n_classes == 1:  # the output is constant
-        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes]
+        zeros = [jnp.zeros(shape, dtype) for shape in shapes]
+        return [(each, each if slope else None) for each, slope in zip(zeros, slopes, strict=True)]
 
     layouts = [_Layout(request, shape) for request, shape in zip(requests, shapes, strict=True)]
     blocks = [
@@ -126,10 +137,15 @@ def covariances(
         method = Interpolate() if few else Direct()
     is_near = _is_near(blocks, surrogate)
     results = _covariances(
-        blocks, n_classes=n_classes, surrogate=surrogate, method=method, is_near=is_near
+        blocks,
+        n_classes=n_classes,
+        surrogate=surrogate,
+        method=method,
+        slopes=tuple(slopes),
+        is_near=is_near,
     )
     return [
-        (layout.restore(value), layout.restore(slope))
+        (layout.restore(value), None if slope is None else layout.restore(slope))
         for layout, (value, slope) in zip(layouts, results, strict=True)
     ]
 
@@ -183,29 +199,33 @@ class _Layout:
         return array.reshape(self._shape).transpose(inverse)
 
 
-@functools.partial(jax.jit, static_argnames=("n_classes", "surrogate", "method", "is_near"))
+@functools.partial(
+    jax.jit, static_argnames=("n_classes", "surrogate", "method", "slopes", "is_near")
+)
 def _covariances(
     blocks: list[Pairs],
     *,
     n_classes: int,
     surrogate: Surrogate,
     method: Method,
+    slopes: tuple[bool, ...],
     is_near: bool | None,
-) -> list[tuple[Array, Array]]:
+) -> list[tuple[Array, Array | None]]:
     """`(I, dI / dc)` for blocks, compiled also when called eagerly.
 
     Args:
       is_near: from `_is_near`.
     """
     if isinstance(method, Direct):
-        return [_direct(block, n_classes, surrogate) for block in blocks]
+        both = (_direct(block, n_classes, surrogate) for block in blocks)
+        return [(v, s if slope else None) for (v, s), slope in zip(both, slopes, strict=True)]
 
-    def interpolate(blocks: list[Pairs], is_near: bool) -> list[tuple[Array, Array]]:
+    def interpolate(blocks: list[Pairs], is_near: bool) -> list[tuple[Array, Array | None]]:
         bits = jnp.finfo(blocks[0].cov12.dtype).bits
         level = interpolant.level(surrogate, n_classes, bits, is_near=is_near)
         return [
-            interpolant.evaluate(level, *block, fused=block.cov12.size >= _FUSED_PAIRS)
-            for block in blocks
+            interpolant.evaluate(level, *block, slope=slope, fused=block.cov12.size >= _FUSED_PAIRS)
+            for block, slope in zip(blocks, slopes, strict=True)
         ]
 
     if is_near is not None:

@@ -405,8 +405,8 @@ def _integrated(slope: np.ndarray, sigma: np.ndarray, of: Coordinates) -> np.nda
 
 
 def evaluate(
-    level: Level, var1: Array, cov12: Array, var2: Array, *, fused: bool
-) -> tuple[Array, Array]:
+    level: Level, var1: Array, cov12: Array, var2: Array, *, slope: bool, fused: bool
+) -> tuple[Array, Array | None]:
     """`I` and `dI / dc`, differentiable to any order; NaN where the slope is not known.
 
     Derivatives are elementwise in the pairs as the values are, where reverse mode through the sums
@@ -416,6 +416,7 @@ def evaluate(
       var1: `(z, x)`, nonnegative.
       cov12: `(z, x, y)`.
       var2: `(z, y)`.
+      slope: whether `dI / dc` is asked for; None otherwise.
       fused: see `_fused`.
     """
 
@@ -424,11 +425,14 @@ def evaluate(
         alone = functools.partial(with_partials, ())
         return _differentiable(lambda *pairs: alone(*pairs)[0], with_partials)(var1, cov12, var2)
 
-    value, slope = quantity(is_slope=False), quantity(is_slope=True)
+    value = quantity(is_slope=False)
+    if not slope:
+        return value, None
+    derivative = quantity(is_slope=True)
     if level.slopes_to < level.largest:
         largest = jnp.maximum(var1[:, :, None], var2[:, None])
-        slope = jnp.where(largest <= level.slopes_to, slope, jnp.nan)
-    return value, slope
+        derivative = jnp.where(largest <= level.slopes_to, derivative, jnp.nan)
+    return value, derivative
 
 
 def _differentiable(function: Any, with_partials: Any) -> Any:

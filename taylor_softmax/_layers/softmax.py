@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax import Array
@@ -187,8 +187,11 @@ class _Softmax:
         check_not_normalised(k, "or use `infinite_width=True`")
         return cast(elementwise(k, self._moments(k)), FiniteClassKernel, n_classes=n_classes)
 
-    def _moments(self, k: Any) -> list[tuple[Array, Array]]:
-        """Second moment and NTK factor of each of the pairs in `pairs_of_inputs`."""
+    def _moments(self, k: Any) -> list[tuple[Array, Array | None]]:
+        """Second moment and NTK factor of each of the pairs in `pairs_of_inputs`.
+
+        The factor of the first pairs, if there is an NTK: `elementwise` reads no other.
+        """
         pairs = pairs_of_inputs(k)
         if self.infinite_width:
             moments = functools.partial(_infinite_width.moments, surrogate=self.surrogate)
@@ -196,9 +199,16 @@ class _Softmax:
         n = _n_channels(k)
         method = class_axis.check_method(self.method, self.surrogate)
         results = class_axis.covariances(
-            pairs, n_classes=n, surrogate=self.surrogate, method=method
+            pairs,
+            n_classes=n,
+            surrogate=self.surrogate,
+            method=method,
+            slopes=[k.ntk is not None] + [False] * (len(pairs) - 1),
         )
-        return [(1 / n**2 + (1 - 1 / n) * value, (1 - 1 / n) * slope) for value, slope in results]
+        return [
+            (1 / n**2 + (1 - 1 / n) * value, None if slope is None else (1 - 1 / n) * slope)
+            for value, slope in results
+        ]
 
 
 def _n_channels(k: Any) -> int:
@@ -252,12 +262,12 @@ def pairs_of_inputs(k: Kernel) -> list[Pairs]:
     return pairs
 
 
-def elementwise(k: Kernel, moments: list[tuple[Array, Array]]) -> Kernel:
+def elementwise(k: Kernel, moments: Sequence[tuple[Array, Array | None]]) -> Kernel:
     """`k` after a layer with second moments and NTK factors `moments`, as `pairs_of_inputs`."""
     (nngp, factor), (cov1, _), *rest = moments
     return k.replace(
         nngp=nngp,
-        ntk=None if k.ntk is None else k.ntk * factor,
+        ntk=None if k.ntk is None or factor is None else k.ntk * factor,
         cov1=cov1,
         cov2=rest[0][0] if rest else None,
         is_gaussian=False,
