@@ -15,18 +15,22 @@ from taylor_softmax._probabilities import moments as class_moments
 from taylor_softmax._probabilities.posterior import (
     CategoricalPosterior,
     ClassPosterior,
+    InducingKernels,
     LogitPosterior,
     categorical_inference,
     categorical_log_evidence,
+    choose_inducing,
 )
 from taylor_softmax.methods import Method, QuasiMonteCarlo, choose
 
 __all__ = [
     "CategoricalPosterior",
     "ClassPosterior",
+    "InducingKernels",
     "LogitPosterior",
     "categorical_inference",
     "categorical_log_evidence",
+    "choose_inducing",
     "class_posterior",
     "class_probabilities",
     "class_probability_covariance",

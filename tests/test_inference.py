@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
 from taylor_softmax import predict, stax
 from taylor_softmax._probabilities import inference
+from taylor_softmax._probabilities.priors import Exact
 
 pytestmark = pytest.mark.core
 
@@ -134,7 +136,9 @@ def test_gradient_against_finite_differences_of_the_refitted_bound(variance):
         want = float(refitted(1e-3) - refitted(-1e-3)) / 2e-3
         assert float(jnp.sum(gradient * direction)) == pytest.approx(want, rel=2e-3, abs=1e-3)
     # Control: away from the optimum the derivative at fixed sites is another.
-    at_start = jax.grad(inference.bound)(jnp.asarray(prior), y, inference.initial_sites(y))
+    at_start = jax.grad(inference.bound)(
+        Exact(jnp.asarray(prior)), y, inference.initial_sites(y)
+    ).kernel
     assert abs(float(jnp.sum(at_start * other)) - want) > 0.01
 
 
@@ -144,13 +148,74 @@ def test_stationary_in_the_sites():
     y = jax.nn.one_hot(labels, 3)
     posterior = predict.categorical_inference(prior, labels, tol=1e-6)
     sites = inference.Sites(posterior.alpha, posterior.site_precision)
-    at = jax.grad(inference.bound, argnums=2)(jnp.asarray(prior), y, sites)
+    at = jax.grad(inference.bound, argnums=2)(Exact(jnp.asarray(prior)), y, sites)
     assert np.max(np.abs(at.alpha)) < 1e-4
     assert np.max(np.abs(at.precision * sites.precision)) < 1e-5
     assert np.max(at.precision * np.maximum(sites.precision, 0.01)) < 1e-5
     moved = sites._replace(precision=sites.precision * 1.1)
-    at = jax.grad(inference.bound, argnums=2)(jnp.asarray(prior), y, moved)
+    at = jax.grad(inference.bound, argnums=2)(Exact(jnp.asarray(prior)), y, moved)
     assert np.max(np.abs(at.precision * moved.precision)) > 1e-3
+
+
+def inducing(x, z, variance):
+    return predict.InducingKernels(
+        kernel(z, z, variance), kernel(z, x, variance), np.full(len(x), variance)
+    )
+
+
+def test_inducing_inputs():
+    """All training inputs for inducing ones are the whole kernel; of fewer the bound is lower."""
+    variance = 10.0
+    prior, labels, x = problem(0, 40, 3, variance)
+    x_test = np.random.default_rng(9).normal(size=(4, 2))
+    k_test = np.full(4, variance)
+    whole = predict.categorical_inference(prior, labels)
+    want = whole(kernel(x_test, x, variance), k_test, latent=True)
+    chosen = predict.choose_inducing(np.diag(prior), lambda i: prior[:, i], 40)
+    bounds, distances = [], []
+    for m in (2, 12, 40):
+        z = x[chosen[:m]]
+        posterior = predict.categorical_inference(inducing(x, z, variance), labels)
+        assert posterior.converged
+        got = posterior(kernel(x_test, z, variance), k_test, latent=True)
+        bounds.append(float(posterior.log_evidence))
+        distances.append(max(np.max(np.abs(a - b)) for a, b in zip(got, want, strict=True)))
+    assert bounds[2] == pytest.approx(float(whole.log_evidence), abs=1e-7)
+    assert distances[2] < 1e-6
+    assert bounds[0] < bounds[1] - 1 < bounds[2] - 1.5
+    assert distances[1] > 0.01  # the comparison can fail
+
+
+def test_evidence_with_inducing_inputs_is_differentiable():
+    _, labels, x = problem(2, 15, 3, 5.0)
+    z = x[:6]
+
+    def evidence(scale):
+        kernels = jax.tree.map(lambda k: scale * k, inducing(x, z, 5.0))
+        return predict.categorical_log_evidence(kernels, labels, n_classes=3, tol=1e-6)
+
+    want = (evidence(1.001) - evidence(0.999)) / 2e-3
+    assert float(jax.grad(evidence)(1.0)) == pytest.approx(float(want), rel=1e-4)
+    assert abs(float(want)) > 0.1
+
+
+def test_inducing_inputs_that_are_alike():
+    """Duplicates leave the bound as it is, and are not chosen."""
+    _, labels, x = problem(6, 12, 3, 10.0)
+    once, twice = x[:5], np.concatenate([x[:5], x[:5]])
+    bounds = [
+        float(predict.categorical_inference(inducing(x, z, 10.0), labels).log_evidence)
+        for z in (once, twice)
+    ]
+    assert bounds[1] == pytest.approx(bounds[0], abs=1e-5)
+    k = kernel(twice, twice, 10.0)
+    chosen = predict.choose_inducing(np.diag(k), lambda i: k[:, i], 10)
+    assert sorted(chosen % 5) == [0, 1, 2, 3, 4]
+    # The pivots of SciPy's Cholesky factorisation (LAPACK's pstrf) are the same inputs.
+    k = kernel(x, x, 10.0) * np.outer(np.arange(1, 13), np.arange(1, 13))
+    chosen = predict.choose_inducing(np.diag(k), lambda i: k[:, i], 12)
+    _, pivots, _, _ = scipy.linalg.lapack.dpstrf(k)
+    np.testing.assert_array_equal(chosen, pivots[: len(chosen)] - 1)
 
 
 def test_two_classes_are_binary_classification():
@@ -285,9 +350,31 @@ def test_errors_name_the_argument(k, y, options, error, message):
         predict.categorical_inference(k, y, **options)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ((np.eye(2)[:1], np.ones((2, 3)), np.ones(3)), r"`k_inducing_inducing`.*\(1, 2\)"),
+        ((np.eye(2), np.ones((3, 2)), np.ones(3)), r"`k_inducing_train`.*\(2, N\).*\(3, 2\)"),
+        ((np.eye(2), np.ones((2, 3)), np.eye(3)), r"`k_train_train`.*\(3,\).*\(3, 3\)"),
+        ((np.eye(2), np.ones((2, 3)), -np.ones(3)), "`k_train_train` must be variances"),
+        ((np.eye(2), np.ones((2, 3)) * np.nan, np.ones(3)), "`k_inducing_train` must be finite"),
+    ],
+)
+def test_errors_of_inducing_kernels_name_the_argument(kernels, message):
+    with pytest.raises(ValueError, match=message):
+        predict.categorical_inference(predict.InducingKernels(*kernels), [0, 1, 2])
+
+
+def test_errors_of_the_choice():
+    with pytest.raises(ValueError, match=r"`variance`.*\(2, 2\)"):
+        predict.choose_inducing(np.eye(2), lambda i: np.eye(2)[i], 1)
+    with pytest.raises(ValueError, match=r"`column`.*\(2,\).*\(3,\)"):
+        predict.choose_inducing(np.ones(2), lambda i: np.ones(3), 1)
+
+
 def test_errors_of_the_posterior():
     posterior = predict.categorical_inference(np.eye(2), [0, 1])
-    with pytest.raises(ValueError, match=r"`k_test_train`.*\(M, 2\).*\(2, 3\)"):
+    with pytest.raises(ValueError, match=r"`k_test_train`.*\(T, 2\).*\(2, 3\)"):
         posterior(np.ones((2, 3)), np.ones(2))
     with pytest.raises(ValueError, match=r"`k_test_test`.*\(3,\)"):
         posterior(np.ones((2, 2)), np.ones(3))

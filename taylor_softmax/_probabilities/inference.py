@@ -24,8 +24,9 @@ a lower bound of `log p(y)`. Its expectations are exact (`log_normalizer`), with
 `(Id + omega_c K)^-1 e_c`, Newton's with `diag omega` for the curvature, and `H_c^-1 D_c`, which is
 the natural gradient's: both ascend, and a step that does not is taken back and shortened.
 
-Nothing is inverted but `B`, whose eigenvalues are at least 1: singular `K` needs no jitter. The
-classes are taken one after the other, twice an iteration, so that memory is a few `N x N` arrays.
+What is computed of `K` and `V` stands in `priors`: all `N x N` entries, or what `M` inducing inputs
+say of them, and a rest of the logits that keeps its prior variance. The classes are taken one after
+the other, twice an iteration, so that memory is a few `N x N` or `M x N` arrays.
 """
 
 import functools
@@ -35,14 +36,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._probabilities.log_normalizer import (
     expected_log_normalizer,
     log_normalizer,
 )
+from taylor_softmax._probabilities.priors import DenseSquares, FactoredSquares, Prior
 
 # Smallest p (1 - p) that a site stands for.
 _LEAST_CURVATURE = 1e-13
@@ -98,35 +98,24 @@ class _Search(NamedTuple):
     history: Array
 
 
-def factor(kernel: Array, precision: Array) -> tuple[Array, Array]:
-    """`L` with `L L^T = B`, and `T = L^-1 omega^(1/2) K`: `V = K - T^T T`."""
-    root = jnp.sqrt(precision)
-    scaled = root[:, None] * kernel
-    lower = jnp.linalg.cholesky(jnp.eye(len(root), dtype=root.dtype) + scaled * root)
-    return lower, solve_triangular(lower, scaled, lower=True)
-
-
-def _divergence_terms(kernel: Array, precision: Array) -> tuple[Array, Array]:
+def _divergence_terms(prior: Prior, precision: Array) -> tuple[Array, Array]:
     """Diagonal of `V`, and `logdet B`, of one class."""
-    lower, half = factor(kernel, precision)
+    given = prior.given(precision)
     # Below eps of the prior's, rounding is all that is left.
-    diagonal = jnp.diagonal(kernel)
-    variance = jnp.maximum(
-        diagonal - jnp.sum(half**2, axis=0), jnp.finfo(kernel.dtype).eps * diagonal
-    )
-    return variance, 2 * jnp.sum(jnp.log(jnp.diagonal(lower)))
+    least = jnp.finfo(precision.dtype).eps * prior.variance
+    return jnp.maximum(given.variance(), least), given.logdet()
 
 
-def _divergence(kernel: Array, sites: Sites) -> tuple[Array, _Marginals]:
+def _divergence(prior: Prior, sites: Sites) -> tuple[Array, _Marginals]:
     """The divergence of `q` from the prior, modulo shifts, and the marginals of `q`."""
     n, n_classes = sites.precision.shape
     total = jnp.sum(sites.precision, axis=1)
     each = jnp.concatenate([sites.precision.T, total[None] / n_classes])
     # Rematerialised: in the backward pass, too, one class at a time.
-    terms = jax.checkpoint(functools.partial(_divergence_terms, kernel))
+    terms = jax.checkpoint(functools.partial(_divergence_terms, prior))
     variances, logdets = lax.map(terms, each)
     variance = variances[:-1].T
-    mean = matmul(kernel, sites.alpha)
+    mean = prior.times(sites.alpha)
     shift = jnp.sum(sites.alpha, axis=1)
     traces = n * n_classes - jnp.sum(sites.precision * variance)
     squares = jnp.sum(sites.alpha * mean) - jnp.sum(shift * jnp.sum(mean, axis=1)) / n_classes
@@ -135,15 +124,16 @@ def _divergence(kernel: Array, sites: Sites) -> tuple[Array, _Marginals]:
     return twice / 2, _Marginals(mean, variance, variances[-1])
 
 
-def bound(kernel: Array, y: Array, sites: Sites) -> Array:
-    """The bound at given sites; differentiable in the kernel and in the sites."""
-    divergence, q = _divergence(kernel, sites)
-    likelihoods = jnp.sum(y * q.mean, axis=1) - expected_log_normalizer(q.mean, q.variance)
+def bound(prior: Prior, y: Array, sites: Sites) -> Array:
+    """The bound at given sites; differentiable in the prior and in the sites."""
+    divergence, q = _divergence(prior, sites)
+    variance = q.variance + prior.rest[:, None]
+    likelihoods = jnp.sum(y * q.mean, axis=1) - expected_log_normalizer(q.mean, variance)
     return jnp.sum(likelihoods) - divergence
 
 
 def _ascent(
-    kernel: Array, sites: Sites, gradient: Array, curvature: Array, q: _Marginals
+    prior: Prior, sites: Sites, gradient: Array, curvature: Array, q: _Marginals
 ) -> tuple[Sites, Array]:
     """The direction at `sites`, in `alpha` and `log omega`; and the largest `|omega D|`.
 
@@ -155,16 +145,14 @@ def _ascent(
 
     def of_class(each: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         e, omega, rate, v = each
-        lower, half = factor(kernel, omega)
-        root = jnp.sqrt(omega)
-        inner = solve_triangular(lower, root * matmul(kernel, e), lower=True)
-        step = e - root * solve_triangular(lower, inner, lower=True, trans="T")
-        squares = (kernel - matmul(half.T, half)) ** 2
-        slope = matmul(squares, rate - (1 - 1 / n_classes) * omega)
+        given = prior.given(omega)
+        step = given.damped(e)
+        squares = given.squares()
+        slope = squares.times(rate - (1 - 1 / n_classes) * omega)
         slope = slope - (v - q.shared) / n_classes
         # Precisions that the bound wants at 0 move by themselves, so that none holds up the others.
         bound_to_0 = (slope < 0) & (omega < _NEAR_0 * rate)
-        scale = jnp.maximum(jnp.sum(squares, axis=1), jnp.finfo(kernel.dtype).tiny)
+        scale = jnp.maximum(squares.times(jnp.ones_like(omega)), jnp.finfo(omega.dtype).tiny)
         change = _conjugate_gradients(squares, scale, slope, ~bound_to_0)
         change = jnp.where(bound_to_0, slope / scale, change)
         return step, change, slope * jnp.where(slope < 0, jnp.minimum(omega, rate), rate)
@@ -176,17 +164,21 @@ def _ascent(
     return Sites(alpha, change), jnp.max(jnp.abs(slope))
 
 
-def _conjugate_gradients(matrix: Array, scale: Array, target: Array, free: Array) -> Array:
-    """A few steps towards `matrix^-1 target` in the `free` entries, from 0; `scale` preconditions.
+def _conjugate_gradients(
+    squares: DenseSquares | FactoredSquares, scale: Array, target: Array, free: Array
+) -> Array:
+    """A few steps towards `squares^-1 target` in the `free` entries, from 0; `scale` preconditions.
 
     Every iterate ascends: its product with `target` is positive.
     """
 
     def step(_: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, rest, direction, energy = state
-        image = jnp.where(free, matmul(matrix, direction), 0)
+        image = jnp.where(free, squares.times(direction), 0)
         length = jnp.sum(direction * image)
-        rate = jnp.where(length > 0, energy / jnp.where(length > 0, length, 1), 0)
+        # What is left of less is rounding, which has parts that a singular matrix takes to 0.
+        going = (length > 0) & (energy > enough)
+        rate = jnp.where(going, energy / jnp.where(going, length, 1), 0)
         x, rest = x + rate * direction, rest - rate * image
         scaled = rest / scale
         new = jnp.sum(rest * scaled)
@@ -196,6 +188,7 @@ def _conjugate_gradients(matrix: Array, scale: Array, target: Array, free: Array
     target = jnp.where(free, target, 0)
     first = target / scale
     start = jnp.zeros_like(target), target, first, jnp.sum(target * first)
+    enough = jnp.finfo(target.dtype).eps * start[-1]
     return lax.fori_loop(0, _GRADIENTS, step, start)[0]
 
 
@@ -207,17 +200,17 @@ def initial_sites(y: Array) -> Sites:
 
 
 def _evaluate(
-    kernel: Array, y: Array, sites: Sites
+    prior: Prior, y: Array, sites: Sites
 ) -> tuple[Array, Callable[[], tuple[Sites, Array]]]:
     """The bound at `sites`; and what computes direction and residual there, if they are wanted."""
-    divergence, q = _divergence(kernel, sites)
-    expected = log_normalizer(q.mean, q.variance)
+    divergence, q = _divergence(prior, sites)
+    expected = log_normalizer(q.mean, q.variance + prior.rest[:, None])
     value = jnp.sum(jnp.sum(y * q.mean, axis=1) - expected.value) - divergence
     gradient = y - expected.mean - sites.alpha
 
     def ascent() -> tuple[Sites, Array]:
         curvature = jnp.maximum(expected.curvature, _LEAST_CURVATURE)
-        direction, slope = _ascent(kernel, sites, gradient, curvature, q)
+        direction, slope = _ascent(prior, sites, gradient, curvature, q)
         return direction, jnp.maximum(jnp.max(jnp.abs(gradient)), slope)
 
     return value, ascent
@@ -239,7 +232,7 @@ def _begin(start: Sites, damping: ArrayLike, max_iterations: int) -> _Search:
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "report"))
 def fit(
-    kernel: Array,
+    prior: Prior,
     y: Array,
     start: Sites,
     *,
@@ -251,14 +244,13 @@ def fit(
     """Maximises the bound over the sites.
 
     Args:
-      kernel: `(N, N)`.
       y: one-hot or soft labels, `(N, C)`.
       tol: of the residual.
       damping: the longest step, in (0, 1].
       report: called with iteration, bound and residual.
     """
-    size = jnp.asarray(y.size, kernel.dtype)
-    slack = 10 * jnp.finfo(kernel.dtype).eps * size
+    size = jnp.asarray(y.size, y.dtype)
+    slack = 10 * jnp.finfo(y.dtype).eps * size
 
     def advance(state: _Search) -> _Search:
         step = state.step
@@ -266,7 +258,7 @@ def fit(
             state.sites.alpha + step * state.direction.alpha,
             jnp.maximum(state.sites.precision + step * state.direction.precision, _LEAST_CURVATURE),
         )
-        value, ascent = _evaluate(kernel, y, sites)
+        value, ascent = _evaluate(prior, y, sites)
         better = value >= state.bound - slack * (1 + jnp.abs(state.bound) / size)
         direction, residual = lax.cond(better, ascent, lambda: (state.direction, state.residual))
         step = jnp.where(better, jnp.minimum(step * _LONGER, damping), step * _SHORTER)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 import jax
@@ -10,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.scipy.linalg import solve_triangular
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from taylor_softmax._numerics.arguments import Validated, as_real, check_integer
-from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Exponential
 from taylor_softmax._probabilities import inference
 from taylor_softmax._probabilities.inference import Sites
 from taylor_softmax._probabilities.moments import moments
+from taylor_softmax._probabilities.priors import Exact, Inducing, Prior
 
 # Of a kernel's asymmetry, over its largest entry: what rounding in float32 leaves.
 _SYMMETRY = 1e-4
@@ -44,6 +44,25 @@ class LogitPosterior(NamedTuple):
     variance: Array
 
 
+class InducingKernels(NamedTuple):
+    """What stands for an `N x N` kernel that would be too large: kernels of `M` inducing inputs.
+
+    Inducing inputs are of the kind of training inputs, and best some of them: see
+    `choose_inducing`. `z = E[z | logits at the inducing inputs] + r`, and of `r` the prior is kept.
+    The bound of the evidence stays one, and is the higher the more of them there are; with all
+    training inputs for inducing ones it is that of the whole kernel.
+
+    Attributes:
+      k_inducing_inducing: their kernel, `(M, M)`.
+      k_inducing_train: with the training inputs, `(M, N)`.
+      k_train_train: variances at the training inputs, `(N,)`: the diagonal of their kernel.
+    """
+
+    k_inducing_inducing: ArrayLike
+    k_inducing_train: ArrayLike
+    k_train_train: ArrayLike
+
+
 @dataclasses.dataclass(frozen=True)
 class CategoricalPosterior:
     """The posterior `q(z) = prod_c N(K alpha_c, (K^-1 + diag omega_c)^-1)` over logits.
@@ -57,6 +76,7 @@ class CategoricalPosterior:
       iterations: how often the bound was evaluated.
       residual: how far from the optimum: see `categorical_inference`.
       history: bound and residual by iteration, `(iterations, 2)`.
+      prior: what was given of the kernel, as inference has it.
     """
 
     log_evidence: Array
@@ -66,7 +86,7 @@ class CategoricalPosterior:
     iterations: int
     residual: float
     history: np.ndarray
-    k_train_train: Array
+    prior: Prior
 
     @overload
     def __call__(
@@ -96,21 +116,25 @@ class CategoricalPosterior:
         """Class probabilities at test inputs.
 
         Args:
-          k_test_train: kernel of test with training inputs, `(M, N)`.
-          k_test_test: kernel of test inputs, `(M, M)`, or its diagonal `(M,)`, all that is used.
-          covariance: whether to return `Cov[y]`, `(M, C, C)`, too.
-          latent: whether to return means and variances of the logits instead, `(M, C)` each.
+          k_test_train: kernel of test with training inputs, `(T, N)`, or with inducing inputs,
+            `(T, M)`, if the posterior is of `InducingKernels`.
+          k_test_test: kernel of test inputs, `(T, T)`, or its diagonal `(T,)`, all that is used.
+          covariance: whether to return `Cov[y]`, `(T, C, C)`, too.
+          latent: whether to return means and variances of the logits instead, `(T, C)` each.
 
         Raises:
           TypeError: the kernel is complex, or no array of numbers.
           ValueError: shapes don't match, or the kernel is not finite.
         """
         (cross, prior), dtype = as_real(k_test_train=k_test_train, k_test_test=k_test_test)
-        n_train = len(self.alpha)
-        if cross.ndim != 2 or cross.shape[1] != n_train:
+        if isinstance(self.prior, Inducing):
+            n, kind, name = len(self.prior.weights), "inducing", "x_inducing"
+        else:
+            n, kind, name = len(self.alpha), "training", "x_train"
+        if cross.ndim != 2 or cross.shape[1] != n:
             raise ValueError(
-                f"`k_test_train` must have shape (M, {n_train}) for {n_train} training inputs, got "
-                f"{cross.shape}. Test inputs come first: `kernel_fn(x_test, x_train)`."
+                f"`k_test_train` must have shape (T, {n}) for {n} {kind} inputs, got "
+                f"{cross.shape}. Test inputs come first: `kernel_fn(x_test, {name})`."
             )
         n_test = len(cross)
         if prior.shape not in ((n_test,), (n_test, n_test)):
@@ -121,7 +145,7 @@ class CategoricalPosterior:
         check_finite("k_test_train", cross)
         check_finite("k_test_test", prior)
         prior = jnp.diagonal(prior) if prior.ndim == 2 else prior
-        logits = _latent(self.k_train_train, Sites(self.alpha, self.site_precision), cross, prior)
+        logits = _latent(self.prior, Sites(self.alpha, self.site_precision), cross, prior)
         # Half precision comes back as it came.
         half = jnp.finfo(dtype).bits < 32
         as_given = functools.partial(jax.tree.map, lambda x: x.astype(dtype) if half else x)
@@ -132,19 +156,70 @@ class CategoricalPosterior:
 
 
 @jax.jit
-def _latent(kernel: Array, sites: Sites, cross: Array, prior: Array) -> LogitPosterior:
-    def variance(precision: Array) -> Array:
-        lower, _ = inference.factor(kernel, precision)
-        half = solve_triangular(lower, jnp.sqrt(precision)[:, None] * cross.T, lower=True)
-        return prior - jnp.sum(half**2, axis=0)
+def _latent(prior: Prior, sites: Sites, cross: Array, variance: Array) -> LogitPosterior:
+    """At test inputs of variances `(T,)` and kernels `cross` with those that the prior has."""
+    features = prior.features(cross)
 
-    variances = jax.lax.map(variance, sites.precision.T).T
-    floor = jnp.finfo(kernel.dtype).eps * prior[:, None]
-    return LogitPosterior(matmul(cross, sites.alpha), jnp.maximum(variances, floor))
+    def posterior(precision: Array) -> Array:
+        return variance - prior.given(precision).reduction(features)
+
+    variances = jax.lax.map(posterior, sites.precision.T).T
+    floor = jnp.finfo(variance.dtype).eps * variance[:, None]
+    return LogitPosterior(prior.mean(features, sites.alpha), jnp.maximum(variances, floor))
+
+
+def choose_inducing(
+    variance: Validated[ArrayLike], column: Callable[[int], ArrayLike], n_inducing: Validated[int]
+) -> np.ndarray:
+    """Which inputs to take for inducing ones: each the one that those before explain least.
+
+    The largest conditional variance, that is, the pivot of a Cholesky factorisation, as Burt,
+    Rasmussen & van der Wilk 2020 (JMLR 21:131) recommend. Time: `N M^2`, and `M` columns of the
+    kernel.
+
+        def column(i):
+            return kernel_fn(x, x[i : i + 1], "nngp")[:, 0]
+
+        chosen = choose_inducing(variance, column, 500)
+
+    Args:
+      variance: at all inputs, `(N,)`: the diagonal of their kernel.
+      column: of an index, the kernel of all inputs with that one, `(N,)`.
+      n_inducing: how many, at most.
+
+    Returns:
+      Their indices, fewer than `n_inducing` where these explain all others up to rounding.
+
+    Raises:
+      TypeError, ValueError: an argument is not as above.
+    """
+    (rest,), _ = as_real(variance=variance)
+    check_integer("n_inducing", n_inducing, least=1)
+    if rest.ndim != 1:
+        raise ValueError(f"`variance` must have shape (N,), got {rest.shape}.")
+    check_finite("variance", rest)
+    rest = np.array(rest)
+    least = 10 * len(rest) * np.finfo(rest.dtype).eps * rest.max(initial=0)
+    rows, chosen = np.empty((min(n_inducing, rest.size), rest.size), rest.dtype), []
+    for k, row in enumerate(rows):
+        i = int(np.argmax(rest))
+        if rest[i] <= least:
+            break
+        with_all = np.asarray(column(i))
+        if with_all.shape != rest.shape:
+            raise ValueError(
+                f"`column` must return the kernel of all {rest.size} inputs with one, of shape "
+                f"{rest.shape}, got {with_all.shape}."
+            )
+        row[:] = (with_all - rows[:k, i] @ rows[:k]) / np.sqrt(rest[i])
+        rest -= row**2
+        rest[i] = 0
+        chosen.append(i)
+    return np.array(chosen, dtype=int)
 
 
 def categorical_inference(
-    k_train_train: Validated[ArrayLike],
+    k_train_train: Validated[ArrayLike | InducingKernels],
     y_train: Validated[ArrayLike],
     *,
     n_classes: Validated[int | None] = None,
@@ -167,12 +242,12 @@ def categorical_inference(
         probabilities = posterior(*k_test).probabilities
 
     Time: some `10 N^3` operations a class and iteration. Memory: a few `N x N` arrays, whatever
-    the number of classes.
+    the number of classes. With `M` inducing inputs: some `50 N M^2`, and a few `M x N` arrays.
 
     Args:
       k_train_train: kernel of the logits at the training inputs, `(N, N)`: "nngp" for the
         posterior of the network itself. The kernel of a network up to its softmax, not of its
-        probabilities. Singular kernels need no jitter.
+        probabilities. Singular kernels need no jitter. Beyond some 3,000 inputs `InducingKernels`.
       y_train: classes as integers `(N,)`, or one-hot or soft labels `(N, C)` that sum to 1.
       n_classes: number of classes of integer labels; by default the largest label and one.
       tol: what the residual has to fall to: the largest of `|y - p - alpha|`, and of what a change
@@ -191,7 +266,7 @@ def categorical_inference(
       ValueError: the kernel is not square, symmetric or finite, labels are out of range, don't sum
         to 1 or are not as many as inputs, or an option is out of range.
     """
-    kernel, y = _arguments(k_train_train, y_train, n_classes)
+    prior, y = _arguments(k_train_train, y_train, n_classes)
     check_integer("max_iterations", max_iterations, least=1)
     if not 0 < damping <= 1:
         raise ValueError(f"`damping` must be in (0, 1], got {damping}.")
@@ -199,7 +274,7 @@ def categorical_inference(
         raise ValueError(f"`tol` must be positive, got {tol}.")
     start = _start(y, init)
     fit = inference.fit(
-        kernel,
+        prior,
         y,
         start,
         tol=tol,
@@ -224,12 +299,12 @@ def categorical_inference(
         iterations,
         residual,
         np.asarray(fit.history[:iterations]),
-        kernel,
+        prior,
     )
 
 
 def categorical_log_evidence(
-    k_train_train: Validated[ArrayLike],
+    k_train_train: Validated[ArrayLike | InducingKernels],
     y_train: Validated[ArrayLike],
     *,
     n_classes: Validated[int | None] = None,
@@ -257,16 +332,16 @@ def categorical_log_evidence(
     Returns:
       The bound, a scalar, in nats.
     """
-    kernel, y = _arguments(k_train_train, y_train, n_classes)
+    prior, y = _arguments(k_train_train, y_train, n_classes)
     fit = inference.fit(
-        jax.lax.stop_gradient(kernel),
+        jax.lax.stop_gradient(prior),
         y,
         inference.initial_sites(y),
         tol=tol,
         max_iterations=max_iterations,
         damping=damping,
     )
-    return inference.bound(kernel, y, jax.lax.stop_gradient(fit.sites))
+    return inference.bound(prior, y, jax.lax.stop_gradient(fit.sites))
 
 
 def _start(y: Array, init: CategoricalPosterior | None) -> Sites:
@@ -297,29 +372,60 @@ def check_finite(name: str, array: Array) -> None:
 
 
 def _arguments(
-    k_train_train: Validated[ArrayLike],
+    k_train_train: Validated[ArrayLike | InducingKernels],
     y_train: Validated[ArrayLike],
     n_classes: Validated[int | None],
-) -> tuple[Array, Array]:
-    """Kernel `(N, N)` and labels `(N, C)` of its dtype, or what is wrong with them."""
-    (kernel,), dtype = as_real(k_train_train=k_train_train)
+) -> tuple[Prior, Array]:
+    """The prior and labels `(N, C)` of its dtype, or what is wrong with them."""
+    if isinstance(k_train_train, InducingKernels):
+        prior = _inducing(k_train_train)
+    else:
+        (kernel,), dtype = as_real(k_train_train=k_train_train)
+        _check_kernel("k_train_train", kernel, dtype, "kernel_fn(x_train, None, 'nngp')")
+        prior = Exact(kernel)
+    variance = prior.variance
+    return prior, _labels(y_train, len(variance), n_classes).astype(variance.dtype)
+
+
+def _inducing(kernels: InducingKernels) -> Inducing:
+    (own, cross, variance), dtype = as_real(**kernels._asdict())
+    _check_kernel("k_inducing_inducing", own, dtype, "kernel_fn(x_inducing, None, 'nngp')")
+    if cross.ndim != 2 or cross.shape[0] != len(own) or not cross.size:
+        raise ValueError(
+            f"`k_inducing_train` must have shape ({len(own)}, N) for {len(own)} inducing inputs, "
+            f"got {cross.shape}. They come first: `kernel_fn(x_inducing, x_train)`."
+        )
+    if variance.shape != cross.shape[1:]:
+        raise ValueError(
+            f"`k_train_train` of `InducingKernels` must have shape {cross.shape[1:]}, the diagonal "
+            f"of the kernel at the training inputs, got {variance.shape}."
+        )
+    check_finite("k_inducing_train", cross)
+    check_finite("k_train_train", variance)
+    if not isinstance(variance, Tracer) and float(jnp.min(variance)) < 0:
+        raise ValueError("`k_train_train` must be variances, got negatives.")
+    return Inducing.of(own, cross, variance)
+
+
+def _check_kernel(name: str, kernel: Array, dtype: DTypeLike, example: str) -> None:
+    """Raises a `ValueError` unless the kernel, given in `dtype`, is square and symmetric."""
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not len(kernel):
         raise ValueError(
-            f"`k_train_train` must have shape (N, N) with N >= 1, got {kernel.shape}. Pass the "
-            'kernel of the logits, `kernel_fn(x_train, None, "nngp")`.'
+            f"`{name}` must have shape (N, N) with N >= 1, got {kernel.shape}. Pass the "
+            f"kernel of the logits, `{example}`."
         )
-    check_finite("k_train_train", kernel)
-    if not isinstance(kernel, Tracer):
-        asymmetry = float(jnp.max(jnp.abs(kernel - kernel.T)))
-        largest = float(jnp.max(jnp.abs(kernel)))
-        if asymmetry > max(_SYMMETRY, 2 * float(jnp.finfo(dtype).eps)) * largest:
-            raise ValueError(
-                f"`k_train_train` must be symmetric, got entries up to {largest:.3g} that differ "
-                f"from their mirror image by up to {asymmetry:.3g}."
-            )
-        if float(jnp.min(jnp.diagonal(kernel))) < 0:
-            raise ValueError("`k_train_train` must have variances on its diagonal, got negatives.")
-    return kernel, _labels(y_train, len(kernel), n_classes).astype(kernel.dtype)
+    check_finite(name, kernel)
+    if isinstance(kernel, Tracer):
+        return
+    asymmetry = float(jnp.max(jnp.abs(kernel - kernel.T)))
+    largest = float(jnp.max(jnp.abs(kernel)))
+    if asymmetry > max(_SYMMETRY, 2 * float(jnp.finfo(dtype).eps)) * largest:
+        raise ValueError(
+            f"`{name}` must be symmetric, got entries up to {largest:.3g} that differ "
+            f"from their mirror image by up to {asymmetry:.3g}."
+        )
+    if float(jnp.min(jnp.diagonal(kernel))) < 0:
+        raise ValueError(f"`{name}` must have variances on its diagonal, got negatives.")
 
 
 def _labels(y_train: Validated[ArrayLike], n: int, n_classes: Validated[int | None]) -> Array:
