@@ -117,10 +117,11 @@ def positions(size: int) -> str:
         gradient = jax.jit(
             lambda *given: jax.grad(lambda *g: summed(order, *g), (0, 1, 2), has_aux=True)(*given)
         )
-        for n_positions in POSITIONS:
+        shares = 1 / np.array(POSITIONS)
+        for n_positions, share in zip(POSITIONS, shares / shares.sum(), strict=True):
             rng = np.random.default_rng(n_positions)
             at_once = max(20, 400 // n_positions)
-            for _ in range(size // (at_once * len(POSITIONS))):
+            for _ in range(int(np.ceil(size * share / at_once))):
                 given = covariances(rng, at_once, n_positions, dtype)
                 gradients, moment = gradient(*given)
                 yield [*gradients, moment], jnp.abs(jnp.sum(moment, (-2, -1)) - 1)
@@ -140,7 +141,8 @@ SECOND_MOMENTS = """\
 ## Positions
 
 `joint_second_moment` and its gradients in the three covariances: 2 to 28 positions, of any rank,
-constant and duplicated positions, zeros, inputs with themselves, a common part of up to 1e4.
+constant and duplicated positions, zeros, inputs with themselves, a common part of up to 1e4. The
+fewer, the more positions they have.
 Largest distance of the sum of a matrix from 1."""
 
 

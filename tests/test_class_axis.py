@@ -365,10 +365,8 @@ def test_gradients_agree_with_differences_and_with_the_slope(order, method):
     np.testing.assert_allclose(gradients[1], slope, rtol=1e-5)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize(("order", "n"), [(None, 10), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_derivatives_of_many_pairs(order, n):
-    """Fused and in blocks of columns, against few pairs at a time and against differences."""
+def many_pairs(order, n):
+    """A sum of values and slopes of fused pairs, and its arguments."""
     rng = np.random.default_rng(0)
     shape = 131, 257
     a, b = (jnp.asarray(rng.uniform(0.1, 3, n)) for n in shape)
@@ -387,6 +385,14 @@ def test_derivatives_of_many_pairs(order, n):
         )
         return jnp.sum(weights * (value + slope))
 
+    return total, (a, c, b, weights)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("order", "n"), [(None, 10), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_derivatives_of_many_pairs(order, n):
+    """Fused and in blocks of columns, against few pairs at a time."""
+    total, (a, c, b, weights) = many_pairs(order, n)
     gradient = jax.jit(jax.grad(total, (0, 1, 2)))
     got = gradient(a, c, b, weights)
     parts = [
@@ -400,6 +406,13 @@ def test_derivatives_of_many_pairs(order, n):
     )
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "n"), [(None, 10), (2, 2)])
+def test_second_derivatives_of_many_pairs(order, n):
+    """Against differences."""
+    total, (a, c, b, weights) = many_pairs(order, n)
 
     def along(t):
         return total(a * (1 + t), c * (1 + t) ** 0.5, b, weights)

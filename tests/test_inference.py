@@ -173,17 +173,18 @@ def test_inducing_inputs():
     want = whole(kernel(x_test, x, variance), k_test, latent=True)
     chosen = predict.choose_inducing(np.diag(prior), lambda i: prior[:, i], 40)
     bounds, distances = [], []
-    for m in (2, 12, 40):
+    for m in (12, 40):
         z = x[chosen[:m]]
         posterior = predict.categorical_inference(inducing(x, z, variance), labels)
         assert posterior.converged
         got = posterior(kernel(x_test, z, variance), k_test, latent=True)
         bounds.append(float(posterior.log_evidence))
         distances.append(max(np.max(np.abs(a - b)) for a, b in zip(got, want, strict=True)))
-    assert bounds[2] == pytest.approx(float(whole.log_evidence), abs=1e-7)
-    assert distances[2] < 1e-6
-    assert bounds[0] < bounds[1] - 1 < bounds[2] - 1.5
-    assert distances[1] > 0.01  # the comparison can fail
+    assert bounds[1] == pytest.approx(float(whole.log_evidence), abs=1e-7)
+    assert distances[1] < 1e-6
+    # The comparisons can fail.
+    assert bounds[0] < bounds[1] - 0.1
+    assert distances[0] > 0.01
 
 
 def test_evidence_with_inducing_inputs_is_differentiable():
