@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -76,7 +77,8 @@ def run(
 ) -> None:
     """Publishes the parts asked for, all by default, after each of them anew.
 
-    The report is called as the program, on a GPU with `_gpu` behind it.
+    The report is called as the program, on a GPU with `_gpu` behind it. Parts that are not asked
+    for stay as they are there, each above the command and the versions that it is of.
     """
     unknown = set(arguments.only) - set(parts)
     if unknown:
@@ -84,12 +86,19 @@ def run(
     on_gpu = jax.devices()[0].platform == "gpu"
     file = f"{command.rpartition('.')[2]}{'_gpu' if on_gpu else ''}.md"
     output = arguments.output or Path("benchmarks/results") / file
-    report = [f"# {title}{' on a GPU' if on_gpu else ''}", environment(command, sys.argv[1:])]
-    for each, part in parts.items():
-        if each in (arguments.only or parts):
-            report += part()
-            save(report, output)
+    heading = f"# {title}{' on a GPU' if on_gpu else ''}"
+    report = sections(output.read_text()) if output.exists() else {}
+    for each in arguments.only or parts:
+        lines = [*parts[each](), environment(command, sys.argv[1:])]
+        report[each] = "\n\n".join([f"<!-- part {each} -->", *lines])
+        save([heading, *(report[part] for part in parts if part in report)], output)
     print(output.read_text(), end="")
+
+
+def sections(report: str) -> dict[str, str]:
+    """The parts of a report that `run` wrote, by name."""
+    _, *found = re.split(r"^(?=<!-- part [\w-]+ -->$)", report, flags=re.MULTILINE)
+    return {section.split(maxsplit=3)[2]: section.strip() for section in found}
 
 
 def publish(parts: Sequence[str], output: Path) -> None:

@@ -3,10 +3,13 @@
 import importlib
 import pathlib
 import re
+import sys
 
 import mktestdocs
 import numpy as np
 import pytest
+
+from benchmarks import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -46,6 +49,34 @@ def test_a_block_that_fails_is_noticed(tmp_path):
 def test_readme_is_short():
     text = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text())
     assert len(text.split()) <= 500
+
+
+def test_a_report_keeps_the_parts_that_are_not_asked_for(tmp_path, monkeypatch):
+    parser = report.options("benchmarks.example", None)
+    output = ["--output", str(tmp_path / "report.md")]
+
+    def written(text, *options):
+        parts = {name: lambda name=name: (f"## {name}", text) for name in ("one", "two-b")}
+        monkeypatch.setattr(sys, "argv", ["example", *options])
+        arguments = parser.parse_args([*options, *output])
+        report.run("Example", "benchmarks.example", parts, arguments)
+        return report.sections((tmp_path / "report.md").read_text())
+
+    before = written("old")
+    after = written("new", "--only", "two-b")
+    assert list(after) == ["one", "two-b"]
+    assert after["one"] == before["one"]
+    assert "new" in after["two-b"]
+    assert "old" not in after["two-b"]
+    assert "`python -m benchmarks.example --only two-b`" in after["two-b"]
+
+
+def test_every_report_is_in_parts():
+    """The accuracy report, which has a program of its own, apart."""
+    for path in (ROOT / "benchmarks" / "results").glob("*.md"):
+        found = report.sections(path.read_text())
+        assert path.stem == "accuracy" or found, path
+        assert all("Command: `python -m benchmarks." in section for section in found.values())
 
 
 def test_navigation_has_every_page():
