@@ -274,7 +274,7 @@ def test_causal_outputs_don_t_see_what_comes_later():
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("n_networks", "seen"), [(300, 0.05), pytest.param(5000, 0.01, marks=pytest.mark.slow)]
+    ("n_networks", "seen"), [(300, 0.05), pytest.param(6500, 0.01, marks=pytest.mark.slow)]
 )
 def test_finite_networks(causal, n_networks, seen):
     width, size = 256, 3
