@@ -200,6 +200,16 @@ def test_evidence_with_inducing_inputs_is_differentiable():
     assert abs(float(want)) > 0.1
 
 
+def test_logits_without_variance():
+    """Probabilities of 1/3, whatever the labels, of a whole kernel and of inducing inputs."""
+    x, labels = np.zeros((4, 2)), [0, 1, 2, 2]
+    kernels = predict.InducingKernels(*(k.astype(np.float32) for k in inducing(x, x[:2], 0.0)))
+    for given in (np.zeros((4, 4), np.float32), kernels):
+        posterior = predict.categorical_inference(given, labels, tol=1e-3)
+        assert posterior.converged
+        assert float(posterior.log_evidence) == pytest.approx(4 * np.log(1 / 3), rel=1e-5)
+
+
 def test_inducing_inputs_that_are_alike():
     """Duplicates leave the bound as it is, and are not chosen."""
     _, labels, x = problem(6, 12, 3, 10.0)

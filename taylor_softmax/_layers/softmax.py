@@ -265,9 +265,13 @@ def pairs_of_inputs(k: Kernel) -> list[Pairs]:
 def elementwise(k: Kernel, moments: Sequence[tuple[Array, Array | None]]) -> Kernel:
     """`k` after a layer with second moments and NTK factors `moments`, as `pairs_of_inputs`."""
     (nngp, factor), (cov1, _), *rest = moments
+    ntk = None
+    if k.ntk is not None:
+        assert factor is not None
+        ntk = k.ntk * factor
     return k.replace(
         nngp=nngp,
-        ntk=None if k.ntk is None or factor is None else k.ntk * factor,
+        ntk=ntk,
         cov1=cov1,
         cov2=rest[0][0] if rest else None,
         is_gaussian=False,

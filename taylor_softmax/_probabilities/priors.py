@@ -115,7 +115,9 @@ class Inducing(NamedTuple):
     def of(cls, inducing: Array, cross: Array, variance: Array) -> "Inducing":
         """From `K_ZZ`, `K_ZX` and the diagonal of `K_XX`."""
         m = len(inducing)
-        jitter = _JITTER * m * jnp.finfo(inducing.dtype).eps * jnp.mean(jnp.diagonal(inducing))
+        info = jnp.finfo(inducing.dtype)
+        # Above 0 for logits without variance, too.
+        jitter = _JITTER * m * info.eps * jnp.mean(jnp.diagonal(inducing)) + info.tiny
         root = jnp.linalg.cholesky(inducing + jitter * jnp.eye(m, dtype=inducing.dtype))
         return cls(root, solve_triangular(root, cross, lower=True), variance)
 
