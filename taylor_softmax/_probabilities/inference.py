@@ -42,7 +42,7 @@ from taylor_softmax._probabilities.log_normalizer import (
     expected_log_normalizer,
     log_normalizer,
 )
-from taylor_softmax._probabilities.priors import DenseSquares, FactoredSquares, Prior
+from taylor_softmax._probabilities.priors import Prior
 
 # Smallest p (1 - p) that a site stands for.
 _LEAST_CURVATURE = 1e-13
@@ -148,11 +148,11 @@ def _ascent(
         given = prior.given(omega)
         step = given.damped(e)
         squares = given.squares()
-        slope = squares.times(rate - (1 - 1 / n_classes) * omega)
+        slope = squares(rate - (1 - 1 / n_classes) * omega)
         slope = slope - (v - q.shared) / n_classes
         # Precisions that the bound wants at 0 move by themselves, so that none holds up the others.
         bound_to_0 = (slope < 0) & (omega < _NEAR_0 * rate)
-        scale = jnp.maximum(squares.times(jnp.ones_like(omega)), jnp.finfo(omega.dtype).tiny)
+        scale = jnp.maximum(squares(jnp.ones_like(omega)), jnp.finfo(omega.dtype).tiny)
         change = _conjugate_gradients(squares, scale, slope, ~bound_to_0)
         change = jnp.where(bound_to_0, slope / scale, change)
         return step, change, slope * jnp.where(slope < 0, jnp.minimum(omega, rate), rate)
@@ -165,7 +165,7 @@ def _ascent(
 
 
 def _conjugate_gradients(
-    squares: DenseSquares | FactoredSquares, scale: Array, target: Array, free: Array
+    squares: Callable[[Array], Array], scale: Array, target: Array, free: Array
 ) -> Array:
     """A few steps towards `squares^-1 target` in the `free` entries, from 0; `scale` preconditions.
 
@@ -174,7 +174,7 @@ def _conjugate_gradients(
 
     def step(_: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, rest, direction, energy = state
-        image = jnp.where(free, squares.times(direction), 0)
+        image = jnp.where(free, squares(direction), 0)
         length = jnp.sum(direction * image)
         # What is left of less is rounding, which has parts that a singular matrix takes to 0.
         going = (length > 0) & (energy > enough)

@@ -15,6 +15,8 @@ omega)^-1` comes from the Cholesky factor of
 which have the same determinant and eigenvalues of at least 1: `V` needs no inverse of `K`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -80,22 +82,14 @@ class ExactGiven(NamedTuple):
         inner = solve_triangular(self.lower, self.root * matmul(self.kernel, e), lower=True)
         return e - self.root * solve_triangular(self.lower, inner, lower=True, trans="T")
 
-    def squares(self) -> "DenseSquares":
-        return DenseSquares((self.kernel - matmul(self.half.T, self.half)) ** 2)
+    def squares(self) -> Callable[[Array], Array]:
+        """`x -> (V o V) x`."""
+        return functools.partial(matmul, (self.kernel - matmul(self.half.T, self.half)) ** 2)
 
     def reduction(self, features: Array) -> Array:
         """By how much observations reduce the variances of inputs with these features, `(T,)`."""
         inner = solve_triangular(self.lower, self.root[:, None] * features.T, lower=True)
         return jnp.sum(inner**2, axis=0)
-
-
-class DenseSquares(NamedTuple):
-    """`V o V`, all entries."""
-
-    matrix: Array
-
-    def times(self, x: Array) -> Array:
-        return matmul(self.matrix, x)
 
 
 class Inducing(NamedTuple):
@@ -166,23 +160,19 @@ class InducingGiven(NamedTuple):
         inner = solve_triangular(self.lower, matmul(self.half, e), lower=True, trans="T")
         return e - self.precision * matmul(self.weights.T, inner)
 
-    def squares(self) -> "FactoredSquares":
-        return FactoredSquares(self.half)
+    def squares(self) -> Callable[[Array], Array]:
+        """`x -> (V o V) x`, without an `N x N` array."""
+
+        def times(x: Array) -> Array:
+            inner = matmul(self.half * x, self.half.T)
+            return jnp.sum(self.half * matmul(inner, self.half), axis=0)
+
+        return times
 
     def reduction(self, features: Array) -> Array:
         """By how much observations reduce the variances of inputs with these features, `(T,)`."""
         inner = solve_triangular(self.lower, features.T, lower=True)
         return jnp.sum(features**2, axis=1) - jnp.sum(inner**2, axis=0)
-
-
-class FactoredSquares(NamedTuple):
-    """`V o V` for `V = half^T half`, of which no `N x N` array is made."""
-
-    half: Array
-
-    def times(self, x: Array) -> Array:
-        inner = matmul(self.half * x, self.half.T)
-        return jnp.sum(self.half * matmul(inner, self.half), axis=0)
 
 
 Prior = Exact | Inducing
