@@ -1,6 +1,12 @@
-"""Strict JAX for the whole suite: float64, and (in pyproject.toml) warnings as errors."""
+"""Strict JAX for the whole suite: float64, and (in pyproject.toml) warnings as errors.
 
+Most of the suite's time goes into compiling. What XLA has compiled is kept in pytest's cache, from
+run to run and for all workers; `pytest --cache-clear` starts anew.
+"""
+
+import ctypes
 import os
+import sys
 
 # Two host devices, for the tests of sharding. Read when JAX starts its CPU backend.
 os.environ["XLA_FLAGS"] = (
@@ -9,7 +15,11 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import jaxtyping
+import psutil
 import pytest
+
+# Bytes a worker may hold before it lets go of what it compiled; a test may take as much again.
+_LARGEST_MEMORY = 1.5e9
 
 jax.config.update("jax_enable_x64", True)
 
@@ -19,8 +29,17 @@ with jaxtyping.install_import_hook("taylor_softmax", "beartype.beartype"):
     import taylor_softmax  # noqa: F401
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_functions_end_with_their_module():
-    """A worker that kept them all would hold several gigabytes by the end of the suite."""
+def pytest_configure(config):
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_bounded():
+    """A worker that kept all compiled functions would hold several gigabytes by its end."""
     yield
-    jax.clear_caches()
+    if psutil.Process().memory_info().rss > _LARGEST_MEMORY:
+        jax.clear_caches()
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            # What compiling took and gave back, glibc keeps: most of it.
+            libc.malloc_trim(0)
