@@ -72,7 +72,7 @@ def class_second_moment(
     n_classes, surrogate = check_n_classes(n_classes), parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
     arrays, dtype = as_real(var1=var1, cov12=cov12, var2=var2)
-    valid = check_pairs(*arrays)
+    valid = check_pairs(*arrays, dtype=dtype)
     shape = valid.shape
     var1, cov12, var2 = (jnp.broadcast_to(x, shape).reshape(-1) for x in arrays)
 

@@ -367,7 +367,8 @@ def test_errors_name_the_argument(k, y, options, error, message):
         ((np.eye(2)[:1], np.ones((2, 3)), np.ones(3)), r"`k_inducing_inducing`.*\(1, 2\)"),
         ((np.eye(2), np.ones((3, 2)), np.ones(3)), r"`k_inducing_train`.*\(2, N\).*\(3, 2\)"),
         ((np.eye(2), np.ones((2, 3)), np.eye(3)), r"`k_train_train`.*\(3,\).*\(3, 3\)"),
-        ((np.eye(2), np.ones((2, 3)), -np.ones(3)), "`k_train_train` must be variances"),
+        ((np.eye(2), np.ones((2, 3)), -np.ones(3)), "`k_train_train` must be nonnegative"),
+        ((np.eye(2), 2 * np.ones((2, 3)), np.ones(3)), r"`k_inducing_train`.*one kernel.*\(0, 0\)"),
         ((np.eye(2), np.ones((2, 3)) * np.nan, np.ones(3)), "`k_inducing_train` must be finite"),
     ],
 )
@@ -381,6 +382,8 @@ def test_errors_of_the_choice():
         predict.choose_inducing(np.eye(2), lambda i: np.eye(2)[i], 1)
     with pytest.raises(ValueError, match=r"`column`.*\(2,\).*\(3,\)"):
         predict.choose_inducing(np.ones(2), lambda i: np.ones(3), 1)
+    with pytest.raises(ValueError, match=r"`variance` must be nonnegative.*\(1,\)"):
+        predict.choose_inducing(np.array([1.0, -1.0]), lambda i: np.ones(2), 1)
 
 
 def test_errors_of_the_posterior():
@@ -391,6 +394,11 @@ def test_errors_of_the_posterior():
         posterior(np.ones((2, 2)), np.ones(3))
     with pytest.raises(ValueError, match="`init`"):
         predict.categorical_inference(np.eye(3), [0, 1, 1], init=posterior)
+    with pytest.raises(ValueError, match=r"`k_test_test` must be nonnegative"):
+        posterior(np.zeros((2, 2)), -np.ones(2))
+    # Of the NNGP and NTK, say.
+    with pytest.raises(ValueError, match=r"`k_test_train`.*one kernel.*2\.0 at \(0, 1\)"):
+        posterior(np.array([[0.0, 2.0]]), np.ones(1))
     both = posterior(np.zeros((1, 2)), np.ones((1, 1)), covariance=True)
     np.testing.assert_allclose(both.probabilities, [[0.5, 0.5]], atol=1e-8)
     assert both.covariance.shape == (1, 2, 2)

@@ -254,6 +254,18 @@ def test_half_precision_in_kernels_and_inference(dtype):
     np.testing.assert_array_equal(got.probabilities, want.probabilities.astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_rounding_to_half_precision_is_no_wrong_call(dtype):
+    """Of proportional logits, correlation 1, some covariances come out beyond `sqrt(a b)`."""
+    var, ratio = np.meshgrid(np.linspace(0.5, 2, 20), np.linspace(0.3, 3, 20))
+    given = [jnp.asarray(k, dtype) for k in (var, var * ratio, var * ratio**2)]
+    a, c, b = (np.asarray(k, float) for k in given)
+    assert np.max(c / np.sqrt(a * b)) > 1 + jnp.finfo(dtype).eps / 2
+    got = classes(*given, n_classes=10)
+    want = classes(a, np.sqrt(a * b), b, n_classes=10)
+    np.testing.assert_allclose(got.astype(float), want, rtol=10 * float(jnp.finfo(dtype).eps))
+
+
 def test_integers_and_lists_are_taken():
     for z in (jnp.array([[0, 1, 2]]), np.array([[0, 1, 2]])):
         np.testing.assert_allclose(applied(stax.Softmax(), z).sum(), 1, rtol=1e-12)

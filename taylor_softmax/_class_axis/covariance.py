@@ -81,7 +81,7 @@ def class_covariance(
     """
     surrogate = parse(order)
     arrays, dtype = as_real(var1=var1, cov12=cov12, var2=var2)
-    valid = check_pairs(*arrays)
+    valid = check_pairs(*arrays, dtype=dtype)
     ((covariance, _),) = covariances(
         [Pairs(*arrays)],
         n_classes=check_n_classes(n_classes),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 if TYPE_CHECKING:
     T = TypeVar("T")
@@ -97,27 +97,40 @@ def check_variances(name: str, array: Array) -> Array:
     return check_entries(name, array, valid, "nonnegative and finite")
 
 
-def check_pairs(var1: Array, cov12: Array, var2: Array) -> Array:
+def check_pairs(var1: Array, cov12: Array, var2: Array, *, dtype: DTypeLike) -> Array:
     """Where variances and covariances of pairs are those of Gaussian variables.
 
-    Covariances may exceed the root of the product of the variances by what rounding and a kernel
-    of finite samples make of them, a thousandth.
+    Args:
+      dtype: in which they were given.
 
     Raises:
       ValueError: shapes don't broadcast, or an entry of a concrete array is not valid.
     """
-    named = {"var1": var1, "cov12": cov12, "var2": var2}
-    check_broadcast(**named)
+    check_broadcast(var1=var1, cov12=cov12, var2=var2)
     valid = check_variances("var1", var1) & check_variances("var2", var2)
-    largest = jnp.sqrt(jnp.maximum(var1, 0)) * jnp.sqrt(jnp.maximum(var2, 0))
-    finite = jnp.isfinite(cov12)
-    valid = valid & check_entries("cov12", cov12, finite, "finite")
-    # Rounding of a sum of terms is relative to the larger variance, where the other is small.
-    slack = 1e-3 * largest + 1e-6 * jnp.maximum(var1, var2)
-    inside = ~finite | ~(jnp.abs(cov12) > largest + slack)
-    cov12, inside = jnp.broadcast_arrays(cov12, inside)
     must = "at most sqrt(var1 * var2) in size"
-    return valid & check_entries("cov12", cov12, inside, must)
+    # What rounding and a kernel of finite samples make of them.
+    slack = max(1e-3, 2 * float(jnp.finfo(dtype).eps))
+    return valid & check_covariances("cov12", cov12, var1, var2, slack, must)
+
+
+def check_covariances(
+    name: str, cov12: Array, var1: Array, var2: Array, slack: float, must: str
+) -> Array:
+    """Where covariances are finite, and may be those of variables with these variances.
+
+    Args:
+      slack: how far they may be beyond the root of the product of the variances, relative to it.
+
+    Raises:
+      ValueError: an entry of a concrete array is not valid.
+    """
+    finite = check_entries(name, cov12, jnp.isfinite(cov12), "finite")
+    largest = jnp.sqrt(jnp.maximum(var1, 0)) * jnp.sqrt(jnp.maximum(var2, 0))
+    # Rounding of a sum of terms is relative to the larger variance, where the other is small.
+    limit = (1 + slack) * largest + 1e-6 * jnp.maximum(var1, var2)
+    cov12, inside = jnp.broadcast_arrays(cov12, ~finite | ~(jnp.abs(cov12) > limit))
+    return finite & check_entries(name, cov12, inside, must)
 
 
 def check_broadcast(**arrays: Array) -> tuple[int, ...]:

@@ -14,7 +14,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from taylor_softmax._numerics.arguments import Validated, as_real, check_integer
+from taylor_softmax._numerics.arguments import (
+    Validated,
+    as_real,
+    check_covariances,
+    check_entries,
+    check_integer,
+    check_variances,
+)
 from taylor_softmax._numerics.surrogate import Exponential
 from taylor_softmax._probabilities import inference
 from taylor_softmax._probabilities.inference import Sites
@@ -23,6 +30,11 @@ from taylor_softmax._probabilities.priors import Exact, Inducing, Prior
 
 # Of a kernel's asymmetry, over its largest entry: what rounding in float32 leaves.
 _SYMMETRY = 1e-4
+# Of a kernel between inputs, over the root of the product of their variances: more than estimates,
+# over positions and in attention, are off. What is beyond comes of two kernels, such as NNGP and
+# NTK, or of other inputs.
+_SLACK = 0.05
+_POSSIBLE = "a covariance of variables with the variances given: of one kernel, and the same inputs"
 
 
 class ClassPosterior(NamedTuple):
@@ -124,7 +136,8 @@ class CategoricalPosterior:
 
         Raises:
           TypeError: the kernel is complex, or no array of numbers.
-          ValueError: shapes don't match, or the kernel is not finite.
+          ValueError: shapes don't match, the kernel is not finite, or has covariances that its
+            variances don't allow.
         """
         (cross, prior), dtype = as_real(k_test_train=k_test_train, k_test_test=k_test_test)
         if isinstance(self.prior, Inducing):
@@ -142,9 +155,10 @@ class CategoricalPosterior:
                 f"`k_test_test` must have shape ({n_test}, {n_test}) or ({n_test},), its diagonal, "
                 f"got {prior.shape}."
             )
-        check_finite("k_test_train", cross)
-        check_finite("k_test_test", prior)
         prior = jnp.diagonal(prior) if prior.ndim == 2 else prior
+        check_variances("k_test_test", prior)
+        own = self.prior.own_variance
+        check_covariances("k_test_train", cross, prior[:, None], own, _SLACK, _POSSIBLE)
         logits = _latent(self.prior, Sites(self.alpha, self.site_precision), cross, prior)
         # Half precision comes back as it came.
         half = jnp.finfo(dtype).bits < 32
@@ -197,7 +211,7 @@ def choose_inducing(
     check_integer("n_inducing", n_inducing, least=1)
     if rest.ndim != 1:
         raise ValueError(f"`variance` must have shape (N,), got {rest.shape}.")
-    check_finite("variance", rest)
+    check_variances("variance", rest)
     rest = np.array(rest)
     least = 10 * len(rest) * np.finfo(rest.dtype).eps * rest.max(initial=0)
     rows, chosen = np.empty((min(n_inducing, rest.size), rest.size), rest.dtype), []
@@ -360,17 +374,6 @@ def _report(iteration: Array, bound: Array, residual: Array) -> None:
     print(f"iteration {int(iteration)}: log evidence {bound:.6g}, residual {residual:.1e}")
 
 
-def check_finite(name: str, array: Array) -> None:
-    """Says where a concrete array is not finite; of a traced one nothing is known.
-
-    Raises:
-      ValueError: it is not finite.
-    """
-    if not isinstance(array, Tracer) and not np.isfinite(array).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"`{name}` must be finite, got {array[where]} at {where}.")
-
-
 def _arguments(
     k_train_train: Validated[ArrayLike | InducingKernels],
     y_train: Validated[ArrayLike],
@@ -400,10 +403,9 @@ def _inducing(kernels: InducingKernels) -> Inducing:
             f"`k_train_train` of `InducingKernels` must have shape {cross.shape[1:]}, the diagonal "
             f"of the kernel at the training inputs, got {variance.shape}."
         )
-    check_finite("k_inducing_train", cross)
-    check_finite("k_train_train", variance)
-    if not isinstance(variance, Tracer) and float(jnp.min(variance)) < 0:
-        raise ValueError("`k_train_train` must be variances, got negatives.")
+    check_variances("k_train_train", variance)
+    of_inducing = jnp.diagonal(own)[:, None]
+    check_covariances("k_inducing_train", cross, of_inducing, variance, _SLACK, _POSSIBLE)
     return Inducing.of(own, cross, variance)
 
 
@@ -414,7 +416,7 @@ def _check_kernel(name: str, kernel: Array, dtype: DTypeLike, example: str) -> N
             f"`{name}` must have shape (N, N) with N >= 1, got {kernel.shape}. Pass the "
             f"kernel of the logits, `{example}`."
         )
-    check_finite(name, kernel)
+    check_entries(name, kernel, jnp.isfinite(kernel), "finite")
     if isinstance(kernel, Tracer):
         return
     asymmetry = float(jnp.max(jnp.abs(kernel - kernel.T)))
@@ -458,7 +460,7 @@ def _labels(y_train: Validated[ArrayLike], n: int, n_classes: Validated[int | No
             f"`y_train` must have {n_classes or 'two or more'} columns, a class each, got "
             f"{y.shape}."
         )
-    check_finite("y_train", y)
+    check_entries("y_train", y, jnp.isfinite(y), "finite")
     if not isinstance(y, Tracer):
         sums = np.asarray(jnp.sum(y, axis=1))
         if np.min(y) < 0 or np.max(np.abs(sums - 1)) > 1e-4:

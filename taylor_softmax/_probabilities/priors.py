@@ -40,6 +40,11 @@ class Exact(NamedTuple):
         return jnp.diagonal(self.kernel)
 
     @property
+    def own_variance(self) -> Array:
+        """Of the inputs with which test inputs have a kernel: the training inputs."""
+        return self.variance
+
+    @property
     def rest(self) -> Array:
         """Variances of what the prior does not resolve: none."""
         return jnp.zeros_like(self.variance)
@@ -114,6 +119,11 @@ class Inducing(NamedTuple):
         jitter = _JITTER * m * info.eps * jnp.mean(jnp.diagonal(inducing)) + info.tiny
         root = jnp.linalg.cholesky(inducing + jitter * jnp.eye(m, dtype=inducing.dtype))
         return cls(root, solve_triangular(root, cross, lower=True), variance)
+
+    @property
+    def own_variance(self) -> Array:
+        """Of the inputs with which test inputs have a kernel: the inducing inputs, `(M,)`."""
+        return jnp.sum(self.root**2, axis=1)
 
     @property
     def rest(self) -> Array:
