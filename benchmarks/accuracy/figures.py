@@ -54,7 +54,7 @@ def scores(results: Sequence[Result]) -> Figure:
 
 def errors_against_order(results: Sequence[Result]) -> Figure:
     """Difference from softmax's kernel against the order: analytic, and as sampling sees it."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for ax, kernel in zip(axes, ("nngp", "ntk"), strict=True):
         chosen = [
             (LayerProblem(**r.problem), r)
@@ -64,7 +64,9 @@ def errors_against_order(results: Sequence[Result]) -> Figure:
         chosen = [(p, r) for p, r in chosen if p.size == N_CLASSES]
         softmax = {(p.var1, p.var2, p.rho): r for p, r in chosen if p.order is None}
         mean = 1 / N_CLASSES**2 if kernel == "nngp" else 0.0
-        for (var1, var2, rho), reference in softmax.items():
+        colors = mpl.colormaps["viridis_r"](np.linspace(0.1, 1, len(softmax)))
+        by_variance = sorted(softmax.items(), key=lambda each: sorted(each[0][:2]))
+        for ((var1, var2, rho), reference), color in zip(by_variance, colors, strict=True):
             same = [(p, r) for p, r in chosen if (p.var1, p.var2, p.rho) == (var1, var2, rho)]
             pairs = sorted((p.order, r) for p, r in same if p.order is not None)
             orders = np.array([order for order, _ in pairs])
@@ -72,13 +74,16 @@ def errors_against_order(results: Sequence[Result]) -> Figure:
             analytic = [abs((r.analytic - mean) / exact - 1) for _, r in pairs]
             sampled = [abs((r.mean - mean) / exact - 1) for _, r in pairs]
             stderr = [r.stderr / abs(exact) for _, r in pairs]
-            (line,) = ax.plot(orders, analytic, "-", label=f"{var1:g}, {var2:g}; {rho:g}", lw=1)
-            ax.errorbar(orders, sampled, stderr, fmt="o", ms=4, capsize=2, color=line.get_color())
+            label = f"{var1:g}, {var2:g}; {rho:g}"
+            ax.plot(orders, analytic, "-", label=label, lw=1, color=color)
+            ax.errorbar(orders, sampled, stderr, fmt="o", ms=4, capsize=2, color=color)
         ax.set(yscale="log", xlabel="order", title=f"{kernel.upper()}, {N_CLASSES} classes")
         ax.set_ylim(1e-6, 2)
         ax.set_xticks(sorted({p.order for p, _ in chosen if p.order is not None}))
     axes[0].set_ylabel("relative difference from softmax")
-    axes[1].legend(title="variances; correlation", fontsize=7, title_fontsize=7)
+    lines = axes[1].get_legend_handles_labels()
+    title = "variances; correlation"
+    figure.legend(*lines, title=title, loc="outside right center", fontsize=8, title_fontsize=8)
     return figure
 
 
