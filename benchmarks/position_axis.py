@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from benchmarks.report import name, options, progress, run, table
+from benchmarks.report import name, options, precision, progress, run, table
 from benchmarks.timing import interleaved, medians
 from oracles import position_axis as oracle
 from taylor_softmax import joint_second_moment, monte_carlo, stax
@@ -105,7 +105,9 @@ def time_table(sizes: tuple[int, ...], repetitions: int, counts: tuple[int, int]
     for size in sizes:
         for order in (2, None):
             row = [name(order), f"{size}"]
-            for dtype in (jnp.float32, jnp.float64):
+            for x64 in (False, True):
+                # Where there is float64 at all, neural_tangents makes it of everything.
+                dtype = precision(x64)
                 for get in ("nngp", ("nngp", "ntk")):
                     progress(f"{size} positions, {name(order)}, {get}")
                     functions = {n: _kernel(size, order, get, dtype, n) for n in counts}
