@@ -7,6 +7,7 @@ import pytest
 from jax import random
 
 from taylor_softmax import predict
+from taylor_softmax._numerics import errors
 from taylor_softmax.methods import Direct, QuasiMonteCarlo
 
 pytestmark = pytest.mark.core
@@ -50,16 +51,23 @@ def test_three_classes_against_quadrature(variance, error):
         assert np.max(np.abs(alone - want[0])) > 5 * error
 
 
-@pytest.mark.parametrize(("variance", "error"), [(1.0, 1e-4), (10.0, 5e-4), (100.0, 1e-3)])
-def test_ten_classes_against_sampling(variance, error):
-    factor = random.normal(random.key(0), (10, 3)) / np.sqrt(3)
-    covariance = variance * (factor @ factor.T + 0.2 * jnp.eye(10))
-    mean = jnp.sqrt(variance) / 2 * random.normal(random.key(1), (10,))
+@pytest.mark.parametrize(
+    ("n_classes", "variance", "error"),
+    [
+        *((10, 1.0, 1e-4), (10, 10.0, 5e-4), (10, 100.0, 1e-3)),
+        *((30, each, errors.promised(errors.CORRELATED, each)) for each in (1.0, 10.0, 100.0)),
+    ],
+)
+def test_many_classes_against_sampling(n_classes, variance, error):
+    factor = random.normal(random.key(0), (n_classes, 3)) / np.sqrt(3)
+    covariance = factor @ factor.T + 0.2 * jnp.eye(n_classes)
+    covariance *= variance / jnp.max(jnp.diagonal(covariance))
+    mean = jnp.sqrt(variance) / 2 * random.normal(random.key(1), (n_classes,))
     root = jnp.linalg.cholesky(covariance)
 
     @jax.jit
     def sample(key):
-        y = jax.nn.softmax(mean + random.normal(key, (200_000, 10)) @ root.T)
+        y = jax.nn.softmax(mean + random.normal(key, (200_000, n_classes)) @ root.T)
         return jnp.mean(y, 0), jnp.cov(y.T)
 
     samples = [sample(key) for key in random.split(random.key(2), 8)]

@@ -50,6 +50,7 @@ ATTENTION_NNGP = "attention over up to 64 tokens of equal variances, NNGP"
 ATTENTION_NTK = "attention over up to 64 tokens of equal variances, NTK"
 ATTENTION_VARYING = "attention, variances of tokens by a factor 6, NNGP and NTK"
 PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 classes"
+CORRELATED = "class probabilities and covariance of logits that covary, up to 30 classes"
 
 # What errors are relative to: over an axis of i.i.d. logits, the value at correlation 1.
 UNITS = {
@@ -71,6 +72,7 @@ UNITS = {
     ATTENTION_NTK: "largest entry",
     ATTENTION_VARYING: "largest entry",
     PROBABILITIES: "absolute",
+    CORRELATED: "absolute",
 }
 
 # Over classes: of value and slope, that is of the NNGP beyond 1/n^2 and of the NTK's factor. A call
@@ -121,6 +123,9 @@ PROMISES = (
     Promise(ATTENTION_VARYING, 6.0, 1e-2, 1e-2),
     Promise(ATTENTION_VARYING, 24.0, 3e-2, 3e-2),
     Promise(PROBABILITIES, 1e4, 1e-6, 1e-5),
+    Promise(CORRELATED, 1.0, 1e-4, 1e-4),
+    Promise(CORRELATED, 10.0, 1e-3, 1e-3),
+    Promise(CORRELATED, 100.0, 4e-3, 4e-3),
 )
 
 
