@@ -95,6 +95,35 @@ def test_order_2_of_independent_positions_is_the_class_kernel(size, dtype):
     np.testing.assert_allclose(moment, expected, atol=1e-7 if dtype == jnp.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("variance", [4.0, 100.0, 1e4])
+def test_order_2_of_proportional_positions_against_quadrature(variance, dtype):
+    """Logits `xi w` and `eta w'`: two dimensions, whatever the number of positions."""
+    w1, w2, rho = np.array([1.0, 0.999, -0.4]), np.array([0.95, 1.0, 0.7]), 0.9
+    x = np.linspace(-7.5, 7.5, 5001)
+    weight = np.exp(-(x**2) / 2) / np.sum(np.exp(-(x**2) / 2))
+
+    def outputs(xi, w):
+        z = np.sqrt(variance) * xi[..., None] * w
+        f = 1 + z + z**2 / 2
+        return f / np.sum(f, -1, keepdims=True)
+
+    truth = np.zeros((3, 3))
+    for each, share in zip(np.array_split(x, 50), np.array_split(weight, 50), strict=True):
+        given = outputs(rho * each[:, None] + np.sqrt(1 - rho**2) * x, w2)
+        truth += np.einsum("x,xi,xzj,z->ij", share, outputs(each, w1), given, weight, optimize=True)
+    of = (np.outer(w1, w1), rho * np.outer(w1, w2), np.outer(w2, w2))
+    covs = [jnp.asarray(variance * each, dtype) for each in of]
+    moment = taylor_softmax.joint_second_moment(*covs, order=2)
+    limit = errors.promised(errors.POSITIONS_CLOSED_FORM, variance, dtype)
+    assert np.max(np.abs(moment - truth)) < limit * np.max(truth)
+    # Negative control: positions in another order are found.
+    wrong = taylor_softmax.joint_second_moment(
+        covs[0], covs[1][:, ::-1], covs[2][::-1, ::-1], order=2
+    )
+    assert np.max(np.abs(wrong - truth)) > limit * np.max(truth)
+
+
 # Other orders and softmax.
 
 

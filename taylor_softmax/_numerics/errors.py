@@ -111,6 +111,8 @@ PROMISES = (
     Promise(HIGH_SLOPE, 20.0, 1e-4, 2e-4),
     Promise(INFINITE_WIDTH, 1e3, 1e-12, 1e-5),
     Promise(POSITIONS_CLOSED_FORM, 4.0, 1e-7, 1e-4),
+    Promise(POSITIONS_CLOSED_FORM, 100.0, 1e-5, 1e-4),
+    Promise(POSITIONS_CLOSED_FORM, 1e4, 1e-3, 1e-3),
     Promise(POSITIONS_NNGP, 1.0, 2e-3, 2e-3),
     Promise(POSITIONS_NNGP, 4.0, 1e-2, 1e-2),
     Promise(POSITIONS_NTK, 1.0, 4e-3, 4e-3),
