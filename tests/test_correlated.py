@@ -51,29 +51,39 @@ def test_three_classes_against_quadrature(variance, error):
         assert np.max(np.abs(alone - want[0])) > 5 * error
 
 
-@pytest.mark.parametrize(
-    ("n_classes", "variance", "error"),
-    [
-        *((10, 1.0, 1e-4), (10, 10.0, 5e-4), (10, 100.0, 1e-3)),
-        *((30, each, errors.promised(errors.CORRELATED, each)) for each in (1.0, 10.0, 100.0)),
-    ],
-)
-def test_many_classes_against_sampling(n_classes, variance, error):
+def low_rank(n_classes):
+    """A mean and a covariance of rank 3 and a fifth on the diagonal."""
     factor = random.normal(random.key(0), (n_classes, 3)) / np.sqrt(3)
-    covariance = factor @ factor.T + 0.2 * jnp.eye(n_classes)
-    covariance *= variance / jnp.max(jnp.diagonal(covariance))
-    mean = jnp.sqrt(variance) / 2 * random.normal(random.key(1), (n_classes,))
+    mean = random.normal(random.key(1), (n_classes,)) / 2
+    return mean, factor @ factor.T + 0.2 * jnp.eye(n_classes)
+
+
+def agree_with_sampling(mean, covariance, error):
     root = jnp.linalg.cholesky(covariance)
 
     @jax.jit
     def sample(key):
-        y = jax.nn.softmax(mean + random.normal(key, (200_000, n_classes)) @ root.T)
+        y = jax.nn.softmax(mean + random.normal(key, (200_000, len(mean))) @ root.T)
         return jnp.mean(y, 0), jnp.cov(y.T)
 
     samples = [sample(key) for key in random.split(random.key(2), 8)]
     for got, sampled in zip(both(mean, covariance), zip(*samples, strict=True), strict=True):
         stderr = np.std(sampled, 0, ddof=1) / np.sqrt(len(sampled))
         assert np.all(np.abs(got - np.mean(sampled, 0)) < error + 5 * stderr)
+
+
+@pytest.mark.parametrize(("variance", "error"), [(1.0, 1e-4), (10.0, 5e-4), (100.0, 1e-3)])
+def test_ten_classes_against_sampling(variance, error):
+    mean, covariance = low_rank(10)
+    agree_with_sampling(np.sqrt(variance) * mean, variance * covariance, error)
+
+
+@pytest.mark.parametrize("variance", [1.0, 10.0, 100.0])
+def test_thirty_classes_at_the_edges_of_what_is_promised(variance):
+    mean, covariance = low_rank(30)
+    covariance *= variance / jnp.max(jnp.diagonal(covariance))
+    error = errors.promised(errors.CORRELATED, variance)
+    agree_with_sampling(np.sqrt(variance) * mean, covariance, error)
 
 
 def test_exact_where_there_is_an_exact_rule():
