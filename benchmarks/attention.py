@@ -50,6 +50,7 @@ def deviation(values: list[np.ndarray], truths: Any) -> list[float]:
 
 
 def error_table(sizes: tuple[int, ...]) -> str:
+    precision(x64=True)
     rows = []
     for size in sizes:
         for name, ratio, causal in (("equal", 1.0, False), ("by 6", 6.0, False), ("", 6.0, True)):
@@ -73,6 +74,7 @@ def error_table(sizes: tuple[int, ...]) -> str:
 
 def sampling_table(sizes: tuple[int, ...], n_samples: int) -> str:
     """The default against plain sampling, with its standard error."""
+    precision(x64=True)
     rows = []
     for size in sizes:
         for variance in VARIANCES:
@@ -167,7 +169,6 @@ Each input costs as much as a few blocks besides."""
 
 def main() -> None:
     arguments = options(COMMAND, __doc__).parse_args()
-    jax.config.update("jax_enable_x64", True)
     quick = arguments.quick
     n_samples, repetitions = (20_000, 1) if quick else (2_000_000, 5)
     parts: dict[str, Callable[[], Iterable[str]]] = {
