@@ -1,15 +1,19 @@
 """Class axis: what quadrature gives on the grids that the interpolants of the library start from.
 
 `python -m derivations.class_axis_grids [softmax 2 4 ...]` writes `taylor_softmax/_generated/
-class_axis_*.npz`: minutes for softmax, and up to ten for an order (all even ones to 32
-without arguments). `tests/test_class_axis.py` computes a few entries anew.
+class_axis_*.npz`: minutes for softmax and low orders, up to half an hour on two cores for order 32
+(all even ones to it without arguments). One thread a process (`OMP_NUM_THREADS=1`) is fastest.
+`tests/test_class_axis.py` computes a few entries anew.
 
 The integral is that of `taylor_softmax/_class_axis/integral.py`, written a second time, in NumPy:
 for all numbers of classes at once, since `F` does not depend on them, with as many nodes as a pair
 needs, and with functions of one variable tabulated where the library evaluates them.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import pathlib
 import sys
 from typing import Any
@@ -25,6 +29,9 @@ from taylor_softmax._numerics.surrogate import _quadratic_factors as quadratic_f
 
 TARGET = pathlib.Path(__file__).parents[1] / "taylor_softmax" / "_generated"
 
+# Forked, the threads of JAX would be lost.
+_SPAWN = multiprocessing.get_context("spawn")
+
 # Steps of the rules for polynomials, order 2 and others: in x; in z, where the roots of f are
 # closest to the axis, to which two classes are sensitive; and in log f.
 X_STEPS, Z_STEPS, LOG_STEPS = (0.3, 0.42), (0.17, 0.32), (0.3, 0.6)
@@ -37,50 +44,71 @@ class Design:
     Attributes:
       coordinates: in which variances and correlations are sampled.
       largest: variance.
-      variances, correlations, classes: numbers of Chebyshev nodes.
+      variances, seconds, correlations, classes: numbers of Chebyshev nodes.
+      scales: in the variance, of the scale.
       packing: errors that packing may make of slopes at variances up to each of
         `interpolant.VARIANCES`.
+      coarser: times as long as otherwise are steps of the rules for polynomials. Times 1.15, they
+        are half the work, and leave 1e-5 (two classes) instead of 1e-6.
     """
 
     coordinates: interpolant.Coordinates
     largest: float
     variances: int
+    seconds: int
     correlations: int
     classes: int
+    scales: int
     packing: tuple[float, float, float, float]
+    coarser: float = 1.0
 
 
 def design(surrogate: Surrogate, *, near: bool) -> Design:
-    """For every order; the costly ones, which few use, on fewer nodes.
+    """For softmax and every order.
 
     An output at large variances changes from one class to another over a share 1 / order of the
-    logits (softmax: over a constant), which is what `smoothing` says. Over two classes slopes at
-    correlation 1 grow like the logarithm of the variance, for which `tail` has room; softmax does
-    without, and its million classes need nodes where sigma is about 5.
+    logits (softmax: over a constant), which is what `smoothing` says, and a multiple of it that
+    suits many classes as well where nodes are few. Over two classes slopes at correlation 1 grow
+    like the logarithm of the variance, for which `tail` has room; softmax does without, and its
+    million classes need nodes where sigma is about 5. The ridge is about 1 / order wide in
+    log sigma, where sigma is about a third of the order.
     """
     order, largest = surrogate.order, interpolant.span(surrogate, near=near)
     if order is None:
         coordinates = interpolant.Coordinates(4.0, 0.0, 1.4, 0.0)
-        return Design(coordinates, largest, 52, 48, 24, (3e-7, 3e-7, 1e-6, 1e-5))
-    if near and interpolant.has_own_near_samples(surrogate):
+        counts, packing = (52, 52, 48, 24, 52), (3e-7, 3e-7, 1e-6, 1e-5)
+    elif order == 2:
+        coordinates = interpolant.Coordinates(2.0, 0.2, 0.8, 0.75)
+        counts, packing = (44, 44, 46, 24, 44), (3e-8, 3e-8, 1e-7, 1e-6)
+    elif near:
         coordinates = interpolant.Coordinates(8.0, 0.05, 0.8, 3 / order**2)
-        counts = (42, 44, 22) if order <= 8 else (36, 40, 20)
-        return Design(coordinates, largest, *counts, (3e-7, 3e-7, 3e-7, 3e-7))
-    knee, tail = (2.0, 0.2) if order == 2 else (3.0 if order <= 8 else 4.0, 0.05)
-    coordinates = interpolant.Coordinates(knee, tail, 0.8, 3 / order**2)
-    if order == 2:
-        return Design(coordinates, largest, 44, 46, 24, (3e-8, 3e-8, 1e-7, 1e-6))
-    counts = (42, 44, 22) if order <= 8 else (36, 34, 18) if order <= 22 else (32, 30, 16)
-    return Design(coordinates, largest, *counts, (1e-6, 1e-6, 3e-6, 1e-5))
+        counts = (42, 42, 44, 22, 42) if order <= 8 else (36, 36, 40, 20, 36)
+        packing = 3e-7, 3e-7, 3e-7, 3e-7
+    else:
+        knee, ridge = 3 + order / 16, 2 + order / 2
+        coordinates = interpolant.Coordinates(knee, 0.04, 0.8, 24 / order**2, ridge)
+        packing = (3e-6, 3e-6, 6e-6, 3e-5) if order <= 8 else (1e-5, 1e-5, 2e-5, 1e-4)
+        return Design(coordinates, largest, 42, 42, 38, 20, 56, packing, coarser=1.15)
+    return Design(coordinates, largest, *counts, packing)
 
 
 def nodes(count: int) -> np.ndarray:
     return chebyshev_rule(count)[0]
 
 
-def sigmas(of: Design) -> np.ndarray:
+def sigmas(of: Design, count: int) -> np.ndarray:
+    """Standard deviations at so many nodes."""
     whole = of.coordinates.v(np.sqrt(of.largest))
-    return of.coordinates.sigma((nodes(of.variances) + 1) / 2 * whole)
+    return of.coordinates.sigma((nodes(count) + 1) / 2 * whole)
+
+
+def pairs(of: Design) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations at the nodes in two variances, the larger one first: `(v, second)`."""
+    whole = of.coordinates.v(np.sqrt(of.largest))
+    v1 = (nodes(of.variances)[:, None] + 1) / 2 * whole
+    v2 = of.coordinates.smaller(v1, nodes(of.seconds), whole)
+    sigma1 = np.broadcast_to(of.coordinates.sigma(v1), (of.variances, of.seconds))
+    return sigma1, np.broadcast_to(of.coordinates.sigma(v2), sigma1.shape)
 
 
 def numbers_of_classes(of: Design) -> np.ndarray:
@@ -88,16 +116,25 @@ def numbers_of_classes(of: Design) -> np.ndarray:
     return np.exp(np.exp(low + (high - low) * (nodes(of.classes) + 1) / 2) - 0.5)
 
 
-def slope(
-    sigma1: float, rho: float, sigma2: float, n: np.ndarray, surrogate: Surrogate
+def slopes(
+    sigma1: float,
+    correlations: np.ndarray,
+    sigma2: float,
+    n: np.ndarray,
+    surrogate: Surrogate,
+    coarser: float = 1.0,
 ) -> np.ndarray:
-    """`dI / dc` for all numbers of classes in `n`, which need not be integers."""
+    """`dI / dc`, `(correlation, n)`, for all numbers of classes in `n`, which need not be integers.
+
+    Args:
+      coarser: see `Design`.
+    """
     sigma1, sigma2 = max(sigma1, sigma2), min(sigma1, sigma2)
     if surrogate.order is not None:
-        return _polynomial(sigma1, rho, sigma2, n, surrogate)
-    if sigma1 > 5:
-        return _graded(sigma1, rho, sigma2, n)
-    return _plain(sigma1, rho, sigma2, n)
+        pair = _Polynomial(sigma1, sigma2, surrogate, coarser)
+        return np.array([pair.slope(rho, n) for rho in correlations])
+    of = _graded if sigma1 > 5 else _plain
+    return np.array([of(sigma1, rho, sigma2, n) for rho in correlations])
 
 
 def _rates(log_rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -222,15 +259,16 @@ def _graded(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarr
 # Polynomials.
 
 
-def _x_nodes(sigma: float, surrogate: Surrogate) -> np.ndarray:
+def _x_nodes(sigma: float, surrogate: Surrogate, coarser: float) -> np.ndarray:
     ends = np.array([max(surrogate.minimiser, -8.5 * sigma), 6.8 * sigma, -6.8 * sigma])
     lowest, *tops = _log_f(ends, surrogate)[0]
     low, high = lowest - 4, max(tops) + 31
-    return np.linspace(low, high, int(np.ceil((high - low) / X_STEPS[surrogate.order != 2])) + 1)
+    step = coarser * X_STEPS[surrogate.order != 2]
+    return np.linspace(low, high, int(np.ceil((high - low) / step)) + 1)
 
 
-def _z_nodes(sigma: float, order: int) -> tuple[np.ndarray, np.ndarray]:
-    step, log_step = Z_STEPS[order != 2], LOG_STEPS[order != 2]
+def _z_nodes(sigma: float, order: int, coarser: float) -> tuple[np.ndarray, np.ndarray]:
+    step, log_step = (coarser * steps[order != 2] for steps in (Z_STEPS, LOG_STEPS))
     scale = order * step / log_step
     end = np.arcsinh(8.5 * sigma / scale)
     count = 2 * int(np.ceil(end * scale / min(step, 0.4 * sigma))) + 1
@@ -238,37 +276,48 @@ def _z_nodes(sigma: float, order: int) -> tuple[np.ndarray, np.ndarray]:
     return scale * np.sinh(angle), scale * np.cosh(angle) * (angle[1] - angle[0])
 
 
-def _polynomial(
-    sigma1: float, rho: float, sigma2: float, n: np.ndarray, surrogate: Surrogate
-) -> np.ndarray:
-    order = surrogate.order
-    assert order is not None
-    x, y = (_x_nodes(sigma, surrogate) for sigma in (sigma1, sigma2))
-    u, spacing = _z_nodes(sigma1, order)
-    weight = np.exp(-((u / sigma1) ** 2) / 2) * spacing / sigma1 / np.sqrt(2 * np.pi)
-    log_f, relative_slope = _log_f(u, surrogate)
-    one = _rates(log_f - x[:, None])
+class _Polynomial:
+    """A pair of standard deviations, `sigma1 >= sigma2`: what all correlations share."""
 
-    tau = sigma2 * np.sqrt(max(1 - rho**2, 0))
-    mean = rho * sigma2 / sigma1 * u
-    v, v_spacing = _z_nodes(sigma2, order)
-    wide = tau > np.interp(mean, v, v_spacing)
-    # 1 - B, B' and B_v.
-    two = np.empty((3, y.size, u.size))
-    z, z_weight = hermite_e.hermegauss(14)
-    z_weight = z_weight / z_weight.sum()
-    log_f, relative = _log_f(mean[~wide][:, None] + tau * z, surrogate)
-    shortfall, rate = _rates(log_f - y[:, None, None])
-    two[:, :, ~wide] = shortfall @ z_weight, rate @ z_weight, (rate * relative) @ z_weight
-    if wide.any():
-        given = np.exp(-(((v[:, None] - mean[wide]) / tau) ** 2) / 2) * v_spacing[:, None]
-        given /= tau * np.sqrt(2 * np.pi)
-        log_f, relative = _log_f(v, surrogate)
-        shortfall, rate = _rates(log_f - y[:, None])
-        two[:, :, wide] = shortfall @ given, rate @ given, (rate * relative) @ given
-    cell = (x[1] - x[0]) * (y[1] - y[0])
-    f_c = (one[1] * (weight * relative_slope)) @ two[2].T
-    return _double_sum(*_products(one, (two[0], two[1]), weight), f_c, cell, n)
+    def __init__(self, sigma1: float, sigma2: float, surrogate: Surrogate, coarser: float):
+        order = surrogate.order
+        assert order is not None
+        self.sigma1, self.sigma2, self.surrogate = sigma1, sigma2, surrogate
+        x, self.y = (_x_nodes(sigma, surrogate, coarser) for sigma in (sigma1, sigma2))
+        self.cell = (x[1] - x[0]) * (self.y[1] - self.y[0])
+        self.u, spacing = _z_nodes(sigma1, order, coarser)
+        self.weight = _density(self.u, sigma1) * spacing
+        log_f, self.relative_slope = _log_f(self.u, surrogate)
+        self.one = _rates(log_f - x[:, None])
+        self.v, self.v_spacing = _z_nodes(sigma2, order, coarser)
+        log_f, relative = _log_f(self.v, surrogate)
+        self.at_v = self._two(log_f - self.y[:, None], relative)
+
+    @staticmethod
+    def _two(log_rate: np.ndarray, relative_slope: np.ndarray) -> np.ndarray:
+        """`1 - B`, `B'` and `B_v`."""
+        shortfall, rate = _rates(log_rate)
+        return np.array([shortfall, rate, rate * relative_slope])
+
+    def slope(self, rho: float, n: np.ndarray) -> np.ndarray:
+        tau = self.sigma2 * np.sqrt(max(1 - rho**2, 0))
+        mean = rho * self.sigma2 / self.sigma1 * self.u
+        wide = tau > np.interp(mean, self.v, self.v_spacing)
+        two = np.empty((3, self.y.size, self.u.size))
+        z, z_weight = hermite_e.hermegauss(14)
+        log_f, relative = _log_f(mean[~wide][:, None] + tau * z, self.surrogate)
+        narrow = self._two(log_f - self.y[:, None, None], relative)
+        two[:, :, ~wide] = narrow @ (z_weight / z_weight.sum())
+        if wide.any():
+            given = _density(self.v[:, None] - mean[wide], tau) * self.v_spacing[:, None]
+            two[:, :, wide] = self.at_v @ given
+        f_c = (self.one[1] * (self.weight * self.relative_slope)) @ two[2].T
+        products = _products(self.one, (two[0], two[1]), self.weight)
+        return _double_sum(*products, f_c, self.cell, n)
+
+
+def _density(z: np.ndarray, sigma: float) -> np.ndarray:
+    return np.exp(-((z / sigma) ** 2) / 2) / (sigma * np.sqrt(2 * np.pi))
 
 
 # Grids.
@@ -285,42 +334,75 @@ def _log_f(z: np.ndarray, surrogate: Surrogate) -> tuple[np.ndarray, np.ndarray]
     return value, slope
 
 
-def sample(surrogate: Surrogate, of: Design) -> np.ndarray:
-    """`w dI / d rho`, `(v, v', s, n)`, at the nodes."""
-    sigma, s, n = sigmas(of), nodes(of.correlations), numbers_of_classes(of)
-    values = np.empty((sigma.size, sigma.size, s.size, n.size))
-    for i in range(sigma.size):
-        for j in range(i + 1):
-            rho, weight, _ = of.coordinates.correlation(s, sigma[i], sigma[j])
-            for k in range(s.size):
-                each = slope(sigma[i], rho[k], sigma[j], n, surrogate)
-                values[i, j, k] = values[j, i, k] = each * (sigma[i] * sigma[j] * weight[k])
+def sample(surrogate: Surrogate, of: Design) -> tuple[np.ndarray, np.ndarray]:
+    """K and the logarithm of its scale at the nodes: `(v, second, s, n)` and `(v, n)`."""
+    n = numbers_of_classes(of)
+    sigma1, sigma2 = pairs(of)
+    # A row of pairs is a task: they have no more to share than the processors.
+    with concurrent.futures.ProcessPoolExecutor(mp_context=_SPAWN) as pool:
+        scales = pool.map(functools.partial(_log_scale, surrogate, of), sigmas(of, of.scales))
+        rows = pool.map(functools.partial(_row, surrogate, of), range(len(sigma1))[::-1])
+        log_scale, values = np.array(list(scales)), np.array(list(rows)[::-1])
+    if not of.coordinates.ridge:
+        i, j = np.triu_indices(len(values), 1)
+        values[i, j] = values[j, i]
+    to_coefficients = chebyshev_rule(of.scales)[1]
+    whole = of.coordinates.v(np.sqrt(of.largest))
+
+    def q(sigma: np.ndarray) -> np.ndarray:
+        basis = chebyshev.chebvander(2 * of.coordinates.v(sigma) / whole - 1, of.scales - 1)
+        scale = np.exp(basis @ (to_coefficients @ log_scale)) / np.sqrt(n)
+        return scale * of.coordinates.saturation(sigma)[..., None]
+
+    values /= (q(sigma1) * q(sigma2))[:, :, None]
+    return values, log_scale
+
+
+def _row(surrogate: Surrogate, of: Design, i: int) -> np.ndarray:
+    """`W dI / d rho` at a node of the larger variance: `(second, s, n)`; by symmetry, 0 beyond."""
+    n, s = numbers_of_classes(of), nodes(of.correlations)
+    values = np.zeros((of.seconds, s.size, n.size))
+    for j, at in enumerate(zip(*(sigma[i] for sigma in pairs(of)), strict=True)):
+        if j <= i or of.coordinates.ridge:
+            rho, weight, _ = of.coordinates.correlation(s, *at)
+            each = slopes(at[0], rho, at[1], n, surrogate, of.coarser)
+            values[j] = each * (at[0] * at[1] * weight)[:, None]
     return values
 
 
-def pack(of: Design, slopes: np.ndarray) -> dict[str, np.ndarray]:
+def _log_scale(surrogate: Surrogate, of: Design, sigma: float) -> np.ndarray:
+    """`log(q (sigma + w) sqrt(n) / sigma)` from slopes at equal variances."""
+    n = numbers_of_classes(of)
+    s, s_weight = _legendre_rule()
+    rho, _, stretch = of.coordinates.correlation(s, sigma, sigma)
+    square = sigma**2 * (s_weight * stretch) @ slopes(sigma, rho, sigma, n, surrogate, of.coarser)
+    return np.log(np.sqrt(square * n) / of.coordinates.saturation(sigma))
+
+
+def pack(of: Design, values: np.ndarray, log_scale: np.ndarray) -> dict[str, np.ndarray]:
     """What `interpolant.grid` reads: a Tucker decomposition, its core in integers.
 
     Entries of the core are left out up to the errors that the design allows, measured at the nodes
     and relative to the slope at correlation 1.
 
     Args:
-      slopes: from `sample`.
+      values, log_scale: from `sample`.
     """
-    sigma, n = sigmas(of), numbers_of_classes(of)
-    by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(of.correlations)[1], slopes)
-    i = np.arange(sigma.size)
-    squares = np.empty((sigma.size, n.size))
-    s, s_weight = _legendre_rule()
-    for each, at in enumerate(sigma):
-        _, weight, stretch = of.coordinates.correlation(s, at, at)
-        degrees = chebyshev.chebvander(s, of.correlations - 1)
-        squares[each] = (s_weight * stretch / weight) @ degrees @ by_degree[each, each]
-    by_degree /= np.sqrt(squares[:, None, None] * squares[:, None])
+    has_ridge = bool(of.coordinates.ridge)
+    sigma = sigmas(of, of.variances)
+    by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(of.correlations)[1], values)
     ends = np.log(np.sqrt(interpolant.VARIANCES))
     allowed = np.exp(np.interp(np.log(sigma), ends, np.log(of.packing)))
-    weight = 1 / np.sqrt(allowed * np.min(by_degree[i, i].sum(1), 1))
-    weighted = by_degree * weight[:, None, None, None] * weight[:, None, None]
+    if has_ridge:
+        # Of the larger variance alone: at correlation 1 slopes differ by little.
+        to_end = chebyshev.chebvander([-1.0], of.seconds - 1) @ chebyshev_rule(of.seconds)[1]
+        alike = np.einsum("j,ijn->in", to_end[0], by_degree.sum(2))
+        least = np.minimum.accumulate(np.min(alike, 1)[::-1])[::-1]
+        weight, second_weight = 1 / (allowed * least), np.ones(of.seconds)
+    else:
+        i = np.arange(sigma.size)
+        weight = second_weight = 1 / np.sqrt(allowed * np.min(by_degree[i, i].sum(1), 1))
+    weighted = by_degree * weight[:, None, None, None] * second_weight[:, None, None]
 
     def basis(axis: int) -> np.ndarray:
         unfolded = np.moveaxis(weighted, axis, 0).reshape(weighted.shape[axis], -1)
@@ -328,9 +410,11 @@ def pack(of: Design, slopes: np.ndarray) -> dict[str, np.ndarray]:
         # What is rare in the mean, such as two classes, may be all there is somewhere.
         return vectors[:, np.sqrt(squared) > 0.02]
 
-    bases = basis(0), basis(0), basis(2), basis(3)
+    first = basis(0)
+    bases = first, basis(1) if has_ridge else first, basis(2), basis(3)
     core = np.einsum("ijkl,ia,jb,kc,ld->abcd", weighted, *bases, optimize=True)
-    core = (core + core.swapaxes(0, 1)) / 2
+    if not has_ridge:
+        core = (core + core.swapaxes(0, 1)) / 2
     low, high = 1e-2, 1e3
     for _ in range(14):
         middle = np.sqrt(low * high)
@@ -340,20 +424,22 @@ def pack(of: Design, slopes: np.ndarray) -> dict[str, np.ndarray]:
         low, high = (middle, high) if left < 1 else (low, middle)
     assert low > 1e-2, "the bases leave more than the design allows"
     unit = low / 2
-    rows, columns = np.triu_indices(core.shape[0])
-    integers = np.round(np.where(np.abs(core) > low, core, 0) / unit)[rows, columns]
+    integers = np.round(np.where(np.abs(core) > low, core, 0) / unit)
+    integers = integers if has_ridge else integers[np.triu_indices(core.shape[0])]
     planes = integers.astype("<i8").reshape(-1, 1).view(np.uint8).T
-    reduced = np.sqrt(squares) / of.coordinates.saturation(sigma)[:, None]
-    logarithm = np.log(reduced * np.sqrt(n))
-    return {
+    of_classes = chebyshev_rule(of.classes)[1]
+    packed = {
         "core": np.ascontiguousarray(planes),
         "unit": np.asarray(unit),
         "variance": chebyshev_rule(of.variances)[1] @ (bases[0] / weight[:, None]),
         "correlation": bases[2],
-        "classes": chebyshev_rule(of.classes)[1] @ bases[3],
-        "scale": chebyshev_rule(of.variances)[1] @ logarithm @ chebyshev_rule(of.classes)[1].T,
+        "classes": of_classes @ bases[3],
+        "scale": chebyshev_rule(of.scales)[1] @ log_scale @ of_classes.T,
         "coordinates": np.asarray(of.coordinates),
     }
+    if has_ridge:
+        packed["second"] = chebyshev_rule(of.seconds)[1] @ bases[1]
+    return packed
 
 
 def _legendre_rule(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
@@ -366,33 +452,30 @@ def measure(surrogate: Surrogate, of: Design, given: interpolant.Grid) -> np.nda
     """Twice the largest errors found off the nodes: `Grid.errors`; infinite beyond the grid."""
     rng = np.random.default_rng(0)
     n = np.array([[2, 2, 2], [3, 3, 4], [5, 7, 9], [10, 100, 1000], [1e4, 1e5, 9e5]])
-    at = chebyshev.chebvander(interpolant.class_coordinate(n.ravel()), of.classes - 1)
     s, s_weight = _legendre_rule(14)
     s = np.concatenate([-s, s, [-1, 1]])
     s_weight = np.concatenate([s_weight, s_weight, [0, 0]])
-    degrees = chebyshev.chebvander(s, of.correlations - 1) @ given.correlation
-    whole = of.coordinates.v(np.sqrt(of.largest))
+    degrees = chebyshev.chebvander(s, of.correlations - 1)
 
-    def rows(sigma: float) -> tuple[np.ndarray, np.ndarray]:
-        (basis,) = chebyshev.chebvander([2 * of.coordinates.v(sigma) / whole - 1], of.variances - 1)
-        q = np.exp(basis @ given.scale @ at.T) * of.coordinates.saturation(sigma)
-        return basis @ given.variance, q / np.sqrt(n.ravel())
+    def q(sigma: float) -> np.ndarray:
+        scale = np.exp(given.log_scale(of.coordinates.v(np.array([sigma])), n.ravel())[0])
+        return scale * of.coordinates.saturation(sigma) / np.sqrt(n.ravel())
 
-    def slopes(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-        core = np.einsum("a,abcd,b->cd", one, given.core, two, optimize=True)
-        return degrees @ core @ (at @ given.classes).T
+    def interpolated(sigma1: float, sigma2: float) -> np.ndarray:
+        v1, v2 = (of.coordinates.v(np.array([sigma])) for sigma in (sigma1, sigma2))
+        return degrees @ given.slopes(v1, v2[:, None], n.ravel())[0, 0]
 
     def with_itself(sigma: float) -> np.ndarray:
-        one, _ = rows(sigma)
-        return slopes(one, one)[-1] / of.coordinates.correlation(s, sigma, sigma)[1][-1]
+        weight = of.coordinates.correlation(s, sigma, sigma)[1]
+        return interpolated(sigma, sigma)[-1] / weight[-1]
 
     def errors(sigma1: float, sigma2: float) -> np.ndarray:
-        (one, q1), (two, q2) = rows(sigma1), rows(sigma2)
-        found = slopes(one, two)
+        found = interpolated(sigma1, sigma2)
         unit = np.sqrt(with_itself(sigma1) * with_itself(sigma2))
         rho, weight, stretch = of.coordinates.correlation(s, sigma1, sigma2)
-        exact = np.array([slope(sigma1, r, sigma2, n.ravel(), surrogate) for r in rho])
-        wrong = (found / weight[:, None] - exact * (sigma1 * sigma2) / (q1 * q2)).T
+        exact = slopes(sigma1, rho, sigma2, n.ravel(), surrogate)
+        exact *= sigma1 * sigma2 / (q(sigma1) * q(sigma2))
+        wrong = (found / weight[:, None] - exact).T
         halves = (s_weight * stretch * wrong)[:, :-2].reshape(n.size, 2, -1).sum(2)
         each = np.max(np.abs(halves), 1), np.max(np.abs(wrong), 1) / unit
         return np.max(np.reshape(each, (2, *n.shape)), 2).T
@@ -404,7 +487,8 @@ def measure(surrogate: Surrogate, of: Design, given: interpolant.Grid) -> np.nda
             continue
         low, high = np.log(interpolant.VARIANCES[k - 1] if k else 1e-3) / 2, np.log(top) / 2
         for largest in (high, high, *rng.uniform(low, high, 5)):
-            for smallest in (largest, rng.uniform(np.log(0.03), largest)):
+            ridge = largest - rng.uniform(0, 4) / (surrogate.order or 4)
+            for smallest in (largest, ridge, rng.uniform(np.log(0.03), largest)):
                 each = errors(np.exp(largest), np.exp(smallest))
                 found[:, :, k] = np.maximum(found[:, :, k], each)
     return 2 * np.maximum.accumulate(found, 2)
@@ -419,7 +503,7 @@ def main(arguments: list[str]) -> None:
 
 def write(surrogate: Surrogate, *, near: bool) -> None:
     of, file = design(surrogate, near=near), interpolant.name(surrogate, near=near)
-    arrays: Any = pack(of, sample(surrogate, of))
+    arrays: Any = pack(of, *sample(surrogate, of))
     # Which `measure` does not look at.
     unknown = np.zeros((len(interpolant.GROUPS), 2, len(interpolant.VARIANCES)))
     errors = measure(surrogate, of, interpolant.unpack({**arrays, "errors": unknown}, of.largest))

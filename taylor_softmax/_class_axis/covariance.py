@@ -20,9 +20,9 @@ from taylor_softmax._numerics.arguments import Validated, as_real, check_n_class
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
-# From this many pairs on the interpolant is evaluated in one fused loop, which takes longer to
-# compile, and half the time and memory.
-_FUSED_PAIRS = 1 << 14
+# From this many pairs on the interpolant is evaluated in one fused loop if it has few terms, which
+# takes longer to compile, and half the time and memory.
+_MANY_PAIRS = 1 << 14
 
 
 class Pairs(NamedTuple):
@@ -58,9 +58,7 @@ def class_covariance(
     Errors, relative to `I` at correlation 1, of `I` and of its slope: the rows on softmax over
     classes in `taylor_softmax._numerics.errors`. Variances of 0, correlations of 1 and (by
     rounding) beyond are fine. Differentiable in all three arguments, to any order. Beyond a
-    variance of 1e6 `I` is that at 1e6 and the same correlation. A slope, and with it the NTK of the
-    layers, that the interpolant may have wrong by a tenth is NaN: high orders over few classes, at
-    large variances.
+    variance of 1e6 `I` is that at 1e6 and the same correlation.
 
     Args:
       var1: variances `a` of the logits at the first input, nonnegative.
@@ -224,7 +222,7 @@ def _covariances(
         bits = jnp.finfo(blocks[0].cov12.dtype).bits
         level = interpolant.level(surrogate, n_classes, bits, is_near=is_near)
         return [
-            interpolant.evaluate(level, *block, slope=slope, fused=block.cov12.size >= _FUSED_PAIRS)
+            interpolant.evaluate(level, *block, slope=slope, many=block.cov12.size >= _MANY_PAIRS)
             for block, slope in zip(blocks, slopes, strict=True)
         ]
 

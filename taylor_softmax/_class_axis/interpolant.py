@@ -18,6 +18,15 @@ the tangent of half that angle. Variances from 0 to 1e6 are an interval in
 
     v = sigma / (sigma + w) + h log(1 + sigma / w).
 
+Of orders from 4 on, a class with a large negative logit wins from sigma of about a third of the
+order on. Two inputs of equal variances get there together, so that K has a ridge along them, of a
+width of 1 / order, at correlations close to 1. A polynomial in v and v' would need hundreds of
+nodes for it; those for large variances are in v of the larger variance and in
+
+    delta = arsinh(g (v - v')) / arsinh(g v),
+
+from 0 on the ridge to 1 where the smaller variance vanishes: one side of the ridge has no kink.
+
 Sampled is the slope, `dI / d rho`, which quadrature gives without cancellation (`integral`). With
 `q(a)^2 = I(a, a, a)`, the integral of it from 0 to 1, and a weight that takes the pole of its limit
 away, `W^2 = 1 - rho^2` but for what the noise adds, the quotients
@@ -27,10 +36,10 @@ away, `W^2 = 1 - rho^2` but for what the noise adds, the quotients
 are of order 1 at every variance. A value integrated from slopes is better than they are; a slope
 differentiated from values would lose a factor of the degree squared.
 
-What quadrature gives at the nodes of a grid in v, v', s and the number of classes comes with the
-package (`derivations` writes it). Here it is put together for one number of classes and a range of
-variances, once per process, with NumPy: for every degree in s the coefficients are a symmetric
-matrix in the two variances of low rank, so that
+What quadrature gives at the nodes of a grid in v, v' or delta, s and the number of classes comes
+with the package (`derivations` writes it). Here it is put together for one number of classes and a
+range of variances, once per process, with NumPy: for every degree in s the coefficients are a
+symmetric matrix in the two variances of low rank, so that
 
     K = sum_d T_d(s) sum_i +-f_di(v) f_di(v'),
 
@@ -42,9 +51,10 @@ so that shared terms would be summed twice.
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -63,12 +73,9 @@ from taylor_softmax._numerics.surrogate import Surrogate
 LARGEST_N_CLASSES = 1_000_000
 LARGEST_VARIANCE = 1e6
 
-# Orders from this one on have samples of their own for small variances. At large ones they change
-# within so little of them that a grid which spans all resolves it nowhere.
+# Orders from this one on have samples of their own for small variances, on as many nodes as others
+# have for all. Their samples for all have the coordinate delta.
 OWN_NEAR_SAMPLES = 4
-
-# A slope that may be wrong by this much, relative to that at correlation 1, is NaN instead.
-WORST_SLOPE = 0.1
 
 # Up to which errors are told apart: variances, and numbers of classes.
 VARIANCES = 20.0, 100.0, 1e4, LARGEST_VARIANCE
@@ -83,12 +90,19 @@ _CACHED_PAIRS = 1 << 17
 # Which the loop over them is not worth its while below.
 _LEAST_COLUMNS = 32
 
-# Up to this many terms derivatives are evaluated in one fused loop, as values are where pairs are
-# many: more would compile for several seconds.
-_UNROLLED = 150
+# Where pairs are many, terms are summed in fused loops over them of at most so many: of 270 LLVM no
+# longer vectorises the loop, which takes six times as long as of 240 (measured on a CPU).
+_FUSED_TERMS = 240
 
-# Nodes per variance on which terms are found and errors measured.
-_NODES = 48
+# From four such loops on, products of matrices for each degree are faster.
+_FUSED_LOOPS = 3
+
+# Up to this many terms derivatives are evaluated in one fused loop, too: more would compile for
+# several seconds.
+_FUSED_DERIVATIVE_TERMS = 150
+
+# Nodes per variance on which terms are found and errors measured: the first that resolve K.
+_NODES = 48, 72, 108, 162, 243
 
 # Degrees in r that values have before they are cut off.
 _VALUE_NODES = 60
@@ -101,12 +115,14 @@ class Coordinates(NamedTuple):
       knee, tail: `w` and `h` of the coordinate v.
       rounding: `k` of x.
       smoothing: `l` of the weight, `W^2 = 1 - c^2 / ((a + l a + k)(b + l b + k))`.
+      ridge: `g` of the coordinate delta, or 0 where each variance has a coordinate of its own.
     """
 
     knee: float
     tail: float
     rounding: float
     smoothing: float
+    ridge: float = 0.0
 
     def saturation(self, sigma: Any) -> Any:
         return sigma / (sigma + self.knee)
@@ -123,6 +139,19 @@ class Coordinates(NamedTuple):
             missing = v - (1 - decay + self.tail * logarithm)
             logarithm = logarithm + missing / (decay + self.tail)
         return self.knee * np.expm1(logarithm)
+
+    def second(self, v1: np.ndarray, v2: np.ndarray, whole: float) -> np.ndarray:
+        """In [-1, 1]: the coordinate of the smaller variance, given those of both."""
+        if not self.ridge:
+            return 2 * v2 / whole - 1
+        return 2 * np.arcsinh(self.ridge * (v1 - v2)) / np.arcsinh(self.ridge * v1) - 1
+
+    def smaller(self, v1: np.ndarray, second: np.ndarray, whole: float) -> np.ndarray:
+        """`v2`, the inverse of `second`."""
+        if not self.ridge:
+            return (second + 1) / 2 * whole
+        delta = (second + 1) / 2
+        return v1 - np.sinh(delta * np.arcsinh(self.ridge * v1)) / self.ridge
 
     def correlation(
         self, s: np.ndarray, sigma1: Any, sigma2: Any
@@ -164,8 +193,9 @@ class Grid(NamedTuple):
     """What the package ships for one surrogate; everything in Chebyshev coefficients.
 
     Attributes:
-      core: `(R, R, S, N)`, symmetric in the first two axes.
-      variance: `(degrees in v, R)`, factors of the first two axes of `core`.
+      core: `(R, D, S, N)`; symmetric in the first two axes where both are of variances.
+      variance: `(degrees in v, R)`, of the larger variance.
+      second: `(degrees in v or delta, D)`, of the smaller one; `variance` itself without a ridge.
       correlation: `(degrees in s, S)`.
       classes: `(degrees in the number of classes, N)`.
       scale: `log(q (sigma + w) sqrt(n) / sigma)`, `(degrees in v, degrees in n)`.
@@ -177,12 +207,35 @@ class Grid(NamedTuple):
 
     core: np.ndarray
     variance: np.ndarray
+    second: np.ndarray
     correlation: np.ndarray
     classes: np.ndarray
     scale: np.ndarray
     coordinates: Coordinates
     errors: np.ndarray
     largest: float
+
+    @property
+    def whole(self) -> float:
+        """The coordinate v of the largest variance."""
+        return float(self.coordinates.v(math.sqrt(self.largest)))
+
+    def log_scale(self, v: np.ndarray, n_classes: Any) -> np.ndarray:
+        """`log(q (sigma + w) sqrt(n) / sigma)`, `(v, n)`."""
+        of_classes = chebyshev.chebvander(class_coordinate(n_classes), self.scale.shape[1] - 1)
+        of_variances = chebyshev.chebvander(2 * v / self.whole - 1, len(self.scale) - 1)
+        return of_variances @ self.scale @ of_classes.T
+
+    def slopes(self, v1: np.ndarray, v2: np.ndarray, n_classes: Any) -> np.ndarray:
+        """K in Chebyshev coefficients in s, `(x, y, degree, n)`, of `v1: (x,) >= v2: (x, y)`."""
+        of_classes = chebyshev.chebvander(class_coordinate(n_classes), len(self.classes) - 1)
+        one = chebyshev.chebvander(2 * v1 / self.whole - 1, len(self.variance) - 1)
+        second = self.coordinates.second(v1[:, None], v2, self.whole)
+        two = chebyshev.chebvander(second, len(self.second) - 1)
+        core = self.correlation @ (self.core @ (of_classes @ self.classes).T)
+        by_first = np.tensordot(one @ self.variance, core, 1)
+        both = (two @ self.second) @ by_first.reshape(*by_first.shape[:2], -1)
+        return both.reshape(*v2.shape, *by_first.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,14 +260,12 @@ class Level(NamedTuple):
       value, slope: their terms.
       scale: Chebyshev coefficients of `log(q (sigma + w) sqrt(n) / sigma)` in v.
       largest: variance.
-      slopes_to: largest variance at which slopes are known to `WORST_SLOPE`.
     """
 
     value: ProductSum
     slope: ProductSum
     scale: np.ndarray
     largest: float
-    slopes_to: float
     coordinates: Coordinates
 
 
@@ -255,24 +306,21 @@ def grid(surrogate: Surrogate, *, near: bool) -> Grid:
 
 def unpack(stored: Mapping[str, np.ndarray], largest: float) -> Grid:
     """The grid of a file, which spans variances up to `largest`."""
-    n_variance, n_correlation = stored["variance"].shape[1], stored["correlation"].shape[1]
-    n_classes = stored["classes"].shape[1]
+    coordinates = Coordinates(*stored["coordinates"].tolist())
+    variance, correlation, classes = (stored[k] for k in ("variance", "correlation", "classes"))
+    second = stored["second"] if coordinates.ridge else variance
+    sizes = second.shape[1], correlation.shape[1], classes.shape[1]
     # Bytes by significance: the high ones compress to nothing.
     planes = np.ascontiguousarray(stored["core"].T)
-    half = planes.view(np.int64).reshape(-1, n_correlation, n_classes) * stored["unit"]
-    rows, columns = np.triu_indices(n_variance)
-    core = np.zeros((n_variance, n_variance, n_correlation, n_classes))
-    core[rows, columns] = core[columns, rows] = half
-    return Grid(
-        core,
-        stored["variance"],
-        stored["correlation"],
-        stored["classes"],
-        stored["scale"],
-        Coordinates(*stored["coordinates"].tolist()),
-        stored["errors"],
-        largest,
-    )
+    core = planes.view(np.int64).reshape(-1, *sizes[1:]) * stored["unit"]
+    if coordinates.ridge:
+        core = core.reshape(-1, *sizes)
+    else:
+        rows, columns = np.triu_indices(sizes[0])
+        half, core = core, np.zeros((sizes[0], *sizes))
+        core[rows, columns] = core[columns, rows] = half
+    scale, errors = stored["scale"], stored["errors"]
+    return Grid(core, variance, second, correlation, classes, scale, coordinates, errors, largest)
 
 
 def tolerances(
@@ -315,30 +363,55 @@ def level(surrogate: Surrogate, n_classes: int, bits: int, *, is_near: bool) -> 
       is_near: for variances up to `near_limit(surrogate)` only.
     """
     given = grid(surrogate, near=is_near)
-    (at,) = chebyshev.chebvander(class_coordinate(n_classes), len(given.classes) - 1)
     largest = near_limit(surrogate) if is_near else LARGEST_VARIANCE
-    x, to_coefficients = chebyshev_rule(_NODES)
-    v = (x + 1) / 2 * given.coordinates.v(math.sqrt(largest))
-    whole = given.coordinates.v(math.sqrt(given.largest))
-    basis = chebyshev.chebvander(2 * v / whole - 1, len(given.variance) - 1)
-    sigma = given.coordinates.sigma(v)
+    of_classes = np.array([n_classes])
 
-    by_degree = np.einsum("ds,ijs->dij", given.correlation, given.core @ (at @ given.classes))
-    factors = basis @ given.variance
-    slope = factors @ by_degree @ factors.T
-    of_value, of_slope = tolerances(surrogate, n_classes, largest, sigma, bits)
-    diagonal = np.arange(_NODES)
-    one = np.abs(slope.sum(0)[diagonal, diagonal])
-    scale = basis @ (given.scale @ at)
-    known = given.errors[_group(n_classes), 1] < WORST_SLOPE
+    def allowed(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tolerances(surrogate, n_classes, largest, sigma, bits)
+
+    v, slope = _on_nodes(given, of_classes, math.sqrt(largest), lambda sigma: allowed(sigma)[1])
+    sigma = given.coordinates.sigma(v)
+    of_value, of_slope = allowed(sigma)
+    one = np.abs(np.diagonal(slope.sum(0)))
+    scale = given.log_scale(v, of_classes)[:, 0]
     return Level(
         value=_cut(_integrated(slope, sigma, given.coordinates), 1 / np.sqrt(of_value)),
         slope=_cut(slope, 1 / np.sqrt(of_slope * one)),
-        scale=to_coefficients @ (scale - np.log(n_classes) / 2),
+        scale=chebyshev_rule(v.size)[1] @ (scale - np.log(n_classes) / 2),
         largest=largest,
-        slopes_to=(0.0, *VARIANCES)[np.sum(known)],
         coordinates=given.coordinates,
     )
+
+
+def _on_nodes(
+    given: Grid, n_classes: np.ndarray, largest: float, allowed: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes in v, and K in coefficients in s on pairs of them: `(v,)` and `(degree, v, v)`.
+
+    The first of `_NODES` that resolve a ridge, which is narrowest at correlation 1: halfway between
+    nodes what interpolation leaves there is compared with what is allowed.
+
+    Args:
+      n_classes: one number.
+      largest: standard deviation.
+      allowed: of standard deviations, relative to K at correlation 1.
+    """
+    end = given.coordinates.v(largest)
+    v = slope = np.empty(0)
+    for count in _NODES:
+        nodes, to_coefficients = chebyshev_rule(count)
+        v = (nodes + 1) / 2 * end
+        pairs = np.moveaxis(given.slopes(v, np.minimum(v, v[:, None]), n_classes)[..., 0], 2, 0)
+        slope = np.tril(pairs) + np.tril(pairs, -1).swapaxes(1, 2)
+        between = (nodes[1:] + nodes[:-1]) / 2
+        basis = chebyshev.chebvander(between, count - 1) @ to_coefficients
+        found = np.sum(basis @ slope.sum(0) * basis, 1)
+        between = (between + 1) / 2 * end
+        want = given.slopes(between, between[:, None], n_classes)[:, 0, :, 0].sum(1)
+        wrong = np.abs(found - want) / np.abs(want) / allowed(given.coordinates.sigma(between))
+        if np.max(wrong) < 1:
+            break
+    return v, slope
 
 
 def error(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> tuple[float, float]:
@@ -405,9 +478,9 @@ def _integrated(slope: np.ndarray, sigma: np.ndarray, of: Coordinates) -> np.nda
 
 
 def evaluate(
-    level: Level, var1: Array, cov12: Array, var2: Array, *, slope: bool, fused: bool
+    level: Level, var1: Array, cov12: Array, var2: Array, *, slope: bool, many: bool
 ) -> tuple[Array, Array | None]:
-    """`I` and `dI / dc`, differentiable to any order; NaN where the slope is not known.
+    """`I` and `dI / dc`, differentiable to any order.
 
     Derivatives are elementwise in the pairs as the values are, where reverse mode through the sums
     would keep an array of the size of the pairs for every degree.
@@ -417,22 +490,18 @@ def evaluate(
       cov12: `(z, x, y)`.
       var2: `(z, y)`.
       slope: whether `dI / dc` is asked for; None otherwise.
-      fused: see `_fused`.
+      many: whether pairs are so many that `_fused` is worth its compilation.
     """
 
     def quantity(is_slope: bool) -> Array:
-        with_partials: Any = functools.partial(_quantity, level, is_slope, fused)
+        with_partials: Any = functools.partial(_quantity, level, is_slope, many)
         alone = functools.partial(with_partials, ())
         return _differentiable(lambda *pairs: alone(*pairs)[0], with_partials)(var1, cov12, var2)
 
     value = quantity(is_slope=False)
     if not slope:
         return value, None
-    derivative = quantity(is_slope=True)
-    if level.slopes_to < level.largest:
-        largest = jnp.maximum(var1[:, :, None], var2[:, None])
-        derivative = jnp.where(largest <= level.slopes_to, derivative, jnp.nan)
-    return value, derivative
+    return value, quantity(is_slope=True)
 
 
 def _differentiable(function: Any, with_partials: Any) -> Any:
@@ -529,7 +598,7 @@ def _chebyshev(x: Array, count: int) -> Array:
 def _quantity(
     level: Level,
     is_slope: bool,
-    fused: bool,
+    many: bool,
     needed: tuple[int, ...],
     var1: Array,
     cov12: Array,
@@ -543,21 +612,24 @@ def _quantity(
             return prepare(variance), None
         return jax.jvp(prepare, (variance,), (jnp.ones_like(variance),))
 
+    one, two = prepared(var1), prepared(var2)
+    z, x, y = cov12.shape
+    terms = level.slope if is_slope else level.value
+    n_rows = sum(terms.ranks)
+    fused = many and _n_loops(terms) <= _FUSED_LOOPS
+    # As many columns at a time as have rows that stay in a core's cache: from memory, each pair
+    # would read them all again. Of derivatives, fewer: XLA keeps what their sums share.
+    columns = _CACHED_BYTES // (n_rows * cov12.dtype.itemsize) if fused else max(y, 1)
+    if needed:
+        columns = min(columns, _CACHED_PAIRS // max(z * x, 1))
+    n_blocks = -(-y // max(columns, _LEAST_COLUMNS)) if many else 1
+
     def block(one: Any, cov12: Array, two: Any) -> tuple[Array, list[Array]]:
         inputs, along = zip(one, (cov12, jnp.ones_like(cov12)), two, strict=True)
         return _with_partials(
             functools.partial(_of_block, level, is_slope, fused), needed, inputs, along
         )
 
-    one, two = prepared(var1), prepared(var2)
-    # As many columns at a time as have rows that stay in a core's cache: from memory, each pair
-    # would read them all again. Of derivatives, fewer: XLA keeps what their sums share.
-    z, x, y = cov12.shape
-    n_rows = sum((level.slope if is_slope else level.value).ranks)
-    columns = _CACHED_BYTES // (n_rows * cov12.dtype.itemsize)
-    if needed:
-        columns = min(columns, _CACHED_PAIRS // max(z * x, 1))
-    n_blocks = -(-y // max(columns, _LEAST_COLUMNS)) if fused else 1
     if n_blocks == 1:
         return block(one, cov12, two)
     length = -(-y // n_blocks)
@@ -626,7 +698,8 @@ def _sum_of_products(terms: ProductSum, fused: bool, derivative: int = 0, depth:
       depth: how often what was asked for has been differentiated.
     """
     # Unrolled, many terms and second derivatives would take many seconds to compile.
-    unrolled = fused and (depth == 0 or (depth == 1 and sum(terms.ranks) <= _UNROLLED))
+    few = sum(terms.ranks) <= _FUSED_DERIVATIVE_TERMS
+    unrolled = fused and (depth == 0 or (depth == 1 and few))
     evaluated = _series(terms, derivative, unrolled)
 
     @jax.custom_jvp
@@ -689,16 +762,49 @@ class _Series(NamedTuple):
 
 
 def _fused(series: _Series, first: Array, second: Array, s: Array) -> Array:
-    """`sum_terms sign first second P_degree(s)` in one elementwise expression for XLA to fuse.
+    """`sum_terms sign first second P_degree(s)` in elementwise expressions for XLA to fuse.
 
     No array of the size of the pairs is kept but the result. Rows of terms are contiguous in the
     second input: the other way round the loop over the pairs is not vectorised.
     """
+    signs = jnp.asarray(series.signs, s.dtype)[:, :, None, None]
+    n_loops = _n_loops(series)
+    if n_loops == 1:
+        return _fused_loop(series, series.ranks, first, signs * second, s)
+    ranks = _shares(series, n_loops)
+    degrees = np.arange(len(ranks))[:, None]
+    terms = np.arange(n_loops)[:, None, None] * np.array(ranks)[:, None] + np.arange(max(ranks))
+    there = terms < np.array(series.ranks)[:, None]
+    terms = np.where(there, terms, 0)
+    second = jnp.where(there[..., None, None], (signs * second)[degrees, terms], 0)
+
+    def add(total: Array, rows: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _fused_loop(series, ranks, *rows, s), None
+
+    return lax.scan(add, jnp.zeros_like(s), (first[degrees, terms], second))[0]
+
+
+def _n_loops(terms: "ProductSum | _Series") -> int:
+    """How many loops of at most `_FUSED_TERMS` make up the sum, an equal share of each degree."""
+    return next(
+        n
+        for n in itertools.count(1)
+        if n >= max(terms.ranks) or sum(_shares(terms, n)) <= _FUSED_TERMS
+    )
+
+
+def _shares(terms: "ProductSum | _Series", n_loops: int) -> tuple[int, ...]:
+    return tuple(-(-rank // n_loops) for rank in terms.ranks)
+
+
+def _fused_loop(
+    series: _Series, ranks: tuple[int, ...], first: Array, second: Array, s: Array
+) -> Array:
+    """Of the first `ranks` terms of each degree, whose signs are in `second`."""
     value = previous = jnp.zeros_like(s)
-    for degree in range(len(series.ranks) - 1, -1, -1):
+    for degree in range(len(ranks) - 1, -1, -1):
         products = [
-            first[degree, r][:, :, None] * (float(sign) * second[degree, r][:, None])
-            for r, sign in enumerate(series.signs[degree, : series.ranks[degree]])
+            first[degree, r][:, :, None] * second[degree, r][:, None] for r in range(ranks[degree])
         ]
         coefficient = functools.reduce(operator.add, products) if products else 0.0
         times, less = float(series.times[degree]), float(series.less[degree + 1])

@@ -38,10 +38,10 @@ CLOSED_FORM_SLOPE = "order 2 over classes, NTK"
 LOW_VALUE = "orders 4 to 8 over classes, NNGP"
 LOW_SLOPE = "orders 4 to 8 over 10 classes and more, NTK"
 LOW_FEW_SLOPE = "orders 4 to 8 over fewer classes, NTK"
-MIDDLE_VALUE = "orders 10 to 22 over classes, NNGP"
-MIDDLE_SLOPE = "orders 10 to 22 over classes, NTK"
-HIGH_VALUE = f"orders 24 to {LARGEST_FINITE_ORDER} over classes, NNGP"
-HIGH_SLOPE = f"orders 24 to {LARGEST_FINITE_ORDER} over classes, NTK"
+HIGH_VALUE = f"orders 10 to {LARGEST_FINITE_ORDER} over up to 1,000 classes, NNGP"
+HIGH_SLOPE = f"orders 10 to {LARGEST_FINITE_ORDER} over up to 1,000 classes, NTK"
+HIGH_MANY_VALUE = f"orders 10 to {LARGEST_FINITE_ORDER} over more classes, NNGP"
+HIGH_MANY_SLOPE = f"orders 10 to {LARGEST_FINITE_ORDER} over more classes, NTK"
 INFINITE_WIDTH = "infinite width, any order"
 POSITIONS_CLOSED_FORM = "over up to 32 positions, order 2"
 POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
@@ -59,8 +59,7 @@ UNITS = {
             *(SOFTMAX_VALUE, SOFTMAX_SLOPE, SOFTMAX_MANY_VALUE, SOFTMAX_MANY_SLOPE),
             *(CLOSED_FORM_VALUE, CLOSED_FORM_SLOPE),
             *(LOW_VALUE, LOW_SLOPE, LOW_FEW_SLOPE),
-            *(MIDDLE_VALUE, MIDDLE_SLOPE),
-            *(HIGH_VALUE, HIGH_SLOPE),
+            *(HIGH_VALUE, HIGH_SLOPE, HIGH_MANY_VALUE, HIGH_MANY_SLOPE),
             INFINITE_WIDTH,
         ),
         "value at correlation 1",
@@ -98,17 +97,21 @@ PROMISES = (
     Promise(LOW_VALUE, 1e4, 2e-4, 5e-4),
     Promise(LOW_VALUE, 1e6, 1e-3, 2e-3),
     Promise(LOW_SLOPE, 100.0, 3e-5, 1e-4),
-    Promise(LOW_SLOPE, 1e4, 1e-4, 5e-4),
+    Promise(LOW_SLOPE, 1e4, 2e-4, 5e-4),
     Promise(LOW_SLOPE, 1e6, 2e-3, 2e-3),
     Promise(LOW_FEW_SLOPE, 100.0, 1e-4, 2e-4),
-    Promise(LOW_FEW_SLOPE, 1e6, 2e-2, 2e-2),
-    Promise(MIDDLE_VALUE, 20.0, 3e-5, 1e-4),
-    Promise(MIDDLE_VALUE, 1e6, 6e-3, 6e-3),
-    Promise(MIDDLE_SLOPE, 20.0, 1e-4, 2e-4),
-    Promise(MIDDLE_SLOPE, 1e6, 0.1, 0.1),
+    Promise(LOW_FEW_SLOPE, 1e4, 2e-4, 5e-4),
+    Promise(LOW_FEW_SLOPE, 1e6, 2e-3, 2e-3),
     Promise(HIGH_VALUE, 20.0, 3e-5, 1e-4),
-    Promise(HIGH_VALUE, 1e6, 2e-2, 2e-2),
+    Promise(HIGH_VALUE, 1e4, 4e-4, 1e-3),
+    Promise(HIGH_VALUE, 1e6, 2e-3, 2e-3),
     Promise(HIGH_SLOPE, 20.0, 1e-4, 2e-4),
+    Promise(HIGH_SLOPE, 1e4, 4e-4, 1e-3),
+    Promise(HIGH_SLOPE, 1e6, 2e-3, 2e-3),
+    Promise(HIGH_MANY_VALUE, 20.0, 3e-5, 1e-4),
+    Promise(HIGH_MANY_VALUE, 1e6, 7e-3, 7e-3),
+    Promise(HIGH_MANY_SLOPE, 20.0, 1e-4, 2e-4),
+    Promise(HIGH_MANY_SLOPE, 1e6, 7e-3, 7e-3),
     Promise(INFINITE_WIDTH, 1e3, 1e-12, 1e-5),
     Promise(POSITIONS_CLOSED_FORM, 4.0, 1e-7, 1e-4),
     Promise(POSITIONS_CLOSED_FORM, 100.0, 1e-5, 1e-4),
@@ -151,10 +154,8 @@ def class_axis(surrogate: Surrogate, n_classes: int) -> tuple[str, str]:
         many = n_classes > 1000
         return (SOFTMAX_MANY_VALUE, SOFTMAX_MANY_SLOPE) if many else (SOFTMAX_VALUE, SOFTMAX_SLOPE)
     assert surrogate.order is not None
-    if surrogate.order > 22:
-        return HIGH_VALUE, HIGH_SLOPE
     if surrogate.order > 8:
-        return MIDDLE_VALUE, MIDDLE_SLOPE
+        return (HIGH_MANY_VALUE, HIGH_MANY_SLOPE) if n_classes > 1000 else (HIGH_VALUE, HIGH_SLOPE)
     return LOW_VALUE, LOW_FEW_SLOPE if n_classes < 10 else LOW_SLOPE
 
 
