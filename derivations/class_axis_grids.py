@@ -49,7 +49,7 @@ class Design:
       packing: errors that packing may make of slopes at variances up to each of
         `interpolant.VARIANCES`.
       coarser: times as long as otherwise are steps of the rules for polynomials. Times 1.15, they
-        are half the work, and leave 1e-5 (two classes) instead of 1e-6.
+        are half the work, and leave 4e-5 (two classes) instead of 1e-6.
     """
 
     coordinates: interpolant.Coordinates
@@ -338,7 +338,6 @@ def sample(surrogate: Surrogate, of: Design) -> tuple[np.ndarray, np.ndarray]:
     """K and the logarithm of its scale at the nodes: `(v, second, s, n)` and `(v, n)`."""
     n = numbers_of_classes(of)
     sigma1, sigma2 = pairs(of)
-    # A row of pairs is a task: they have no more to share than the processors.
     with concurrent.futures.ProcessPoolExecutor(mp_context=_SPAWN) as pool:
         scales = pool.map(functools.partial(_log_scale, surrogate, of), sigmas(of, of.scales))
         rows = pool.map(functools.partial(_row, surrogate, of), range(len(sigma1))[::-1])
