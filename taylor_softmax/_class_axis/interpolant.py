@@ -84,8 +84,9 @@ GROUPS = 2, 4, 9, 1000, LARGEST_N_CLASSES
 # What rows of factors may take of a core's cache.
 _CACHED_BYTES = 1 << 21
 
-# Pairs of which derivatives are evaluated at a time.
-_CACHED_PAIRS = 1 << 17
+# Pairs of which derivatives are evaluated at a time, and sums by products of matrices: each keeps
+# a few arrays of their size.
+_CACHED_PAIRS, _LOOPED_PAIRS = 1 << 17, 1 << 20
 
 # Which the loop over them is not worth its while below.
 _LEAST_COLUMNS = 32
@@ -618,8 +619,12 @@ def _quantity(
     n_rows = sum(terms.ranks)
     fused = many and _n_loops(terms) <= _FUSED_LOOPS
     # As many columns at a time as have rows that stay in a core's cache: from memory, each pair
-    # would read them all again. Of derivatives, fewer: XLA keeps what their sums share.
-    columns = _CACHED_BYTES // (n_rows * cov12.dtype.itemsize) if fused else max(y, 1)
+    # would read them all again. Of products of matrices, more. Of derivatives, fewer: XLA keeps
+    # what their sums share.
+    if fused:
+        columns = _CACHED_BYTES // (n_rows * cov12.dtype.itemsize)
+    else:
+        columns = _LOOPED_PAIRS // max(z * x, 1)
     if needed:
         columns = min(columns, _CACHED_PAIRS // max(z * x, 1))
     n_blocks = -(-y // max(columns, _LEAST_COLUMNS)) if many else 1
