@@ -772,21 +772,22 @@ def _fused(series: _Series, first: Array, second: Array, s: Array) -> Array:
     No array of the size of the pairs is kept but the result. Rows of terms are contiguous in the
     second input: the other way round the loop over the pairs is not vectorised.
     """
-    signs = jnp.asarray(series.signs, s.dtype)[:, :, None, None]
     n_loops = _n_loops(series)
     if n_loops == 1:
-        return _fused_loop(series, series.ranks, first, signs * second, s)
-    ranks = _shares(series, n_loops)
-    degrees = np.arange(len(ranks))[:, None]
+        return _fused_loop(series, first, second, s)
+    degrees, ranks = np.arange(len(series.ranks))[:, None], _shares(series, n_loops)
     terms = np.arange(n_loops)[:, None, None] * np.array(ranks)[:, None] + np.arange(max(ranks))
     there = terms < np.array(series.ranks)[:, None]
     terms = np.where(there, terms, 0)
-    second = jnp.where(there[..., None, None], (signs * second)[degrees, terms], 0)
+    # Signs differ between loops: they are in the rows.
+    signs = jnp.asarray(np.where(there, series.signs[degrees, terms], 0), s.dtype)
+    share = series._replace(ranks=ranks, signs=np.ones((len(ranks), max(ranks))))
 
     def add(total: Array, rows: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _fused_loop(series, ranks, *rows, s), None
+        return total + _fused_loop(share, *rows, s), None
 
-    return lax.scan(add, jnp.zeros_like(s), (first[degrees, terms], second))[0]
+    rows = first[degrees, terms], signs[..., None, None] * second[degrees, terms]
+    return lax.scan(add, jnp.zeros_like(s), rows)[0]
 
 
 def _n_loops(terms: "ProductSum | _Series") -> int:
@@ -802,14 +803,12 @@ def _shares(terms: "ProductSum | _Series", n_loops: int) -> tuple[int, ...]:
     return tuple(-(-rank // n_loops) for rank in terms.ranks)
 
 
-def _fused_loop(
-    series: _Series, ranks: tuple[int, ...], first: Array, second: Array, s: Array
-) -> Array:
-    """Of the first `ranks` terms of each degree, whose signs are in `second`."""
+def _fused_loop(series: _Series, first: Array, second: Array, s: Array) -> Array:
     value = previous = jnp.zeros_like(s)
-    for degree in range(len(ranks) - 1, -1, -1):
+    for degree in range(len(series.ranks) - 1, -1, -1):
         products = [
-            first[degree, r][:, :, None] * second[degree, r][:, None] for r in range(ranks[degree])
+            first[degree, r][:, :, None] * (float(sign) * second[degree, r][:, None])
+            for r, sign in enumerate(series.signs[degree, : series.ranks[degree]])
         ]
         coefficient = functools.reduce(operator.add, products) if products else 0.0
         times, less = float(series.times[degree]), float(series.less[degree + 1])
