@@ -354,12 +354,16 @@ def test_the_ridge_of_high_orders(monkeypatch):
     jax.clear_caches()
 
 
-def test_terms_are_looped_over_where_they_are_many():
-    """Products of matrices for each degree give what one fused loop does."""
+@pytest.mark.parametrize(("terms", "loops"), [(0, "none"), (60, "several")])
+def test_terms_are_shared_out_where_they_are_many(terms, loops):
+    """Several fused loops, or products of matrices for each degree, give what one loop does."""
     total, arguments = many_pairs(None, 10)
     want = jax.jit(jax.value_and_grad(total))(*arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpolant, "_FUSED_TERMS", 0)
+        patch.setattr(interpolant, "_FUSED_TERMS", terms)
+        level = interpolant.level(parse(None), 10, 64, is_near=True)
+        count = interpolant._n_loops(level.slope)
+        assert (1 < count <= interpolant._FUSED_LOOPS) == (loops == "several")
         jax.clear_caches()
         got = jax.jit(jax.value_and_grad(total))(*arguments)
     jax.clear_caches()

@@ -103,7 +103,7 @@ _FUSED_LOOPS = 3
 _FUSED_DERIVATIVE_TERMS = 150
 
 # Nodes per variance on which terms are found and errors measured: the first that resolve K.
-_NODES = 48, 72, 108, 162, 243
+_NODES = 48, 72, 108, 162, 243, 324
 
 # Degrees in r that values have before they are cut off.
 _VALUE_NODES = 60
@@ -341,7 +341,7 @@ def tolerances(
     elif surrogate.order is None:
         steps = [2e-7, 3e-7] if is_near else [2e-5, 2e-4]
     else:
-        steps = [1e-6, 1e-6] if is_near else [2e-5, 2e-4]
+        steps = [1e-6, 1e-6] if is_near else [1.5e-5, 2e-4]
     ends = [0.5 * np.log(1e4), 0.5 * np.log(LARGEST_VARIANCE)]
     given = grid(surrogate, near=is_near)
     spanned = np.array(VARIANCES) <= given.largest

@@ -97,7 +97,7 @@ PROMISES = (
     Promise(LOW_VALUE, 1e4, 2e-4, 5e-4),
     Promise(LOW_VALUE, 1e6, 1e-3, 2e-3),
     Promise(LOW_SLOPE, 100.0, 3e-5, 1e-4),
-    Promise(LOW_SLOPE, 1e4, 2e-4, 5e-4),
+    Promise(LOW_SLOPE, 1e4, 1e-4, 5e-4),
     Promise(LOW_SLOPE, 1e6, 2e-3, 2e-3),
     Promise(LOW_FEW_SLOPE, 100.0, 1e-4, 2e-4),
     Promise(LOW_FEW_SLOPE, 1e4, 2e-4, 5e-4),
