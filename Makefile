@@ -7,8 +7,8 @@ OLDEST := .venv-jax-$(JAX)
 DOCS := .venv-docs
 BIN := $(VENV)/bin
 
-.PHONY: setup demo transformer test test-all test-oldest test-install check format derivations docs benchmark \
-	accuracy large-kernel build clean
+.PHONY: setup demo transformer test test-all test-slow test-oldest test-install check format derivations docs \
+	benchmark accuracy large-kernel build clean
 
 setup: $(VENV)/.installed
 
@@ -19,15 +19,19 @@ transformer: setup
 	$(BIN)/python examples/transformer.py
 
 test: setup
+	@echo 'One test of each kind: about 5 minutes on two cores the first time, since XLA compiles, then less.'
+	@echo '`make test-all` runs all of the suite but what takes minutes each, which `make test-slow` runs.'
+	$(BIN)/python -m pytest -n auto -m quick
+
+test-all: setup
 	$(BIN)/python -m pytest -n auto
 
-# With the tests that take longest, too.
-test-all: setup
-	$(BIN)/python -m pytest -n auto -m 'not install'
+test-slow: setup
+	$(BIN)/python -m pytest -n auto -m slow
 
-# The core of the suite on the oldest JAX that the library supports.
+# What `make test` runs, on the oldest JAX that the library supports.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n auto -m core
+	$(OLDEST)/bin/python -m pytest -n auto -m quick
 
 # Installs as the README says, and the wheel, in fresh environments: needs a network.
 test-install: setup

@@ -34,6 +34,18 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    """Takes `quick(order=2)` off the cases of a parametrised test that have another order."""
+
+    def applies(mark):
+        return mark.name != "quick" or all(
+            item.callspec.params[name] == value for name, value in mark.kwargs.items()
+        )
+
+    item.own_markers = [mark for mark in item.own_markers if applies(mark)]
+
+
 @pytest.fixture(autouse=True)
 def _memory_is_bounded():
     """A worker that kept all compiled functions would hold several gigabytes by its end."""

@@ -95,6 +95,7 @@ def result(score=0.0, kernel="nngp", **changes):
     return verdict.Result(**{**given, **changes})
 
 
+@pytest.mark.quick
 def test_standard_normal_scores_pass():
     scores = np.random.default_rng(0).standard_normal((50, 100))
     passed = [not failed([result(z) for z in each]) for each in scores]
@@ -102,6 +103,7 @@ def test_standard_normal_scores_pass():
     assert sum(passed) >= 48
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -117,12 +119,14 @@ def test_other_scores_fail(change, found):
     assert any(found in name for name in failed([result(z) for z in scores]))
 
 
+@pytest.mark.quick
 def test_estimates_are_held_to_their_documented_error():
     estimate = {"tolerance": 0.02, "stderr": 1e-4, "entries": 9}
     assert not failed([result(analytic=1.0199, **estimate)])
     assert failed([result(analytic=1.0210, **estimate)])
 
 
+@pytest.mark.quick
 def test_limit_of_networks():
     def network(width, deviation):
         problem = {"network": "n", "width": width}
@@ -158,6 +162,7 @@ def test_sampling_is_spread_over_devices():
     np.testing.assert_allclose(one.stderr, both.stderr, rtol=0.05)
 
 
+@pytest.mark.quick
 def test_sampling_is_that_of_the_library():
     problem = PROBLEMS[0]
     mean, stderr, n = sampling.sample(problem, random.key(4), SAMPLES, jax.devices(), entries=False)
@@ -238,6 +243,7 @@ def test_report_and_figures_of_everything(results, tmp_path):
         assert f"({path.name})" in report
 
 
+@pytest.mark.quick
 def test_absent_devices_are_refused(small, capsys):
     with pytest.raises(SystemExit, match="2"):
         small.run("--device", "tpu")

@@ -90,6 +90,7 @@ def sampled(name, order=None, causal=False):
     return problem, oracle.kernels(problem, order=order, causal=causal, n_samples=n_samples)
 
 
+@pytest.mark.quick(name="masked", order=None)
 @pytest.mark.parametrize(
     ("name", "order", "causal"),
     [
@@ -108,6 +109,7 @@ def test_sampled_logits(name, order, causal):
     assert excess(ntk[0], truth.ntk, truth.ntk_stderr, problem.present, of_ntk) < 1
 
 
+@pytest.mark.quick
 def test_each_term_of_the_ntk_is_needed():
     problem, truth = sampled("4 tokens")
     of, cross = terms(problem)
@@ -132,6 +134,7 @@ def test_mean_over_nothing_but_correlation_0_fails():
     assert excess(uncorrelated[0], *limit) > 1
 
 
+@pytest.mark.quick(order=2)
 @pytest.mark.parametrize(("order", "limit"), [(2, 1e-6), (None, 3e-3)])
 def test_softmax_of_each_pair_of_queries(order, limit):
     problem = oracle.random_problem(5, variance=1.0)
@@ -210,6 +213,7 @@ def token_inputs(*shape, padding=True):
     return x
 
 
+@pytest.mark.quick(spatial=(4,), options=EMBEDDINGS[3], diagonal_batch=True)
 @pytest.mark.parametrize("spatial", [(4,), (3, 2)])
 @pytest.mark.parametrize("options", EMBEDDINGS)
 @pytest.mark.parametrize("diagonal_batch", [True, False])
@@ -241,6 +245,7 @@ def attention_layer(**options):
     return stax.GlobalSelfAttention(4, 5, 6, 3, linear_scaling=False, **options)
 
 
+@pytest.mark.quick(options=EMBEDDINGS[3])
 @pytest.mark.parametrize("options", EMBEDDINGS)
 def test_apply_is_that_of_neural_tangents(options):
     x = token_inputs(2, 3, 2, 5)
@@ -257,6 +262,7 @@ def test_apply_is_that_of_neural_tangents(options):
     np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.quick
 def test_causal_outputs_don_t_see_what_comes_later():
     x = token_inputs(1, 6, 5, padding=False)
     init_fn, apply_fn, kernel_fn = attention_layer(causal=True, order=4)
@@ -306,6 +312,7 @@ def test_finite_networks(causal, n_networks, seen):
         assert stderr < seen * exact
 
 
+@pytest.mark.quick
 def test_values_are_averaged_without_logits():
     x = token_inputs(2, 5, 4, padding=False)
     *_, kernel_fn = attention_layer(W_query_std=0.0, W_value_std=1.3, b_std=0.2)
@@ -315,6 +322,7 @@ def test_values_are_averaged_without_logits():
     np.testing.assert_allclose(kernel.nngp, np.broadcast_to(expected, (2, 2, 5, 5)), atol=1e-6)
 
 
+@pytest.mark.quick
 def test_one_token():
     x = token_inputs(3, 1, 4, padding=False)
     *_, kernel_fn = attention_layer(W_out_std=1.3, b_std=0.2)
@@ -429,6 +437,7 @@ def test_compiled_and_differentiated():
 # Errors.
 
 
+@pytest.mark.quick
 def test_arguments():
     cov = np.eye(3)
     moment = functools.partial(taylor_softmax.attention_second_moment, cov, cov, cov)
@@ -449,6 +458,7 @@ def test_arguments():
         taylor_softmax.attention_second_moment(1j * cov, cov, cov)
 
 
+@pytest.mark.quick
 def test_layer_arguments():
     with pytest.raises(ValueError, match="`causal` and `order` apply to softmax attention"):
         stax.GlobalSelfAttention(4, 5, 6, 3, causal=True, order=2)

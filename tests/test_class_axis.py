@@ -80,6 +80,7 @@ def scale(var1, var2, n, order):
 # The brute force itself.
 
 
+@pytest.mark.quick
 def test_brute_force_rows_sum_to_one():
     for n, order, var in ((2, 2, 20.0), (3, 8, 4.0), (10, None, 10.0)):
         same, cross = brute_force.moments(
@@ -88,6 +89,7 @@ def test_brute_force_rows_sum_to_one():
         np.testing.assert_allclose(same + (n - 1) * cross, 1 / n, rtol=1e-10)
 
 
+@pytest.mark.quick
 def test_brute_force_of_two_classes_is_the_logistic_integral():
     # For n = 2 softmax is a sigmoid of the difference of the logits: two dimensions, no Laplace.
     x, w = np.polynomial.hermite_e.hermegauss(120)
@@ -103,6 +105,7 @@ def test_brute_force_of_two_classes_is_the_logistic_integral():
 # Accuracy.
 
 
+@pytest.mark.quick(order=None, n=10)
 @pytest.mark.parametrize(("order", "n", "largest"), some(SETTINGS))
 def test_accuracy(order, n, largest):
     for var1, var2 in variance_pairs(largest):
@@ -123,6 +126,7 @@ def test_accuracy(order, n, largest):
             )
 
 
+@pytest.mark.quick(order=None, n=10)
 @pytest.mark.parametrize(("order", "n", "largest"), some(SETTINGS[::3]))
 def test_accuracy_of_derivative(order, n, largest):
     """`dI / dc` against the derivative of a Chebyshev interpolant of brute-force values.
@@ -149,6 +153,7 @@ def test_accuracy_of_derivative(order, n, largest):
         assert np.max(error) < limit, (dtype, method, dict(zip(CORRELATIONS, error, strict=True)))
 
 
+@pytest.mark.quick(order=2, n=10, dtype=jnp.float32)
 @pytest.mark.parametrize("order", [2, 8, None])
 @pytest.mark.parametrize("n", [2, 10, 100_000])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
@@ -167,7 +172,7 @@ def test_small_variances_have_the_linear_limit(order, n, dtype):
         np.testing.assert_allclose(slope, np.full(4, 1 / n**2), rtol=rtol)
 
 
-@pytest.mark.core
+@pytest.mark.quick
 def test_one_tiny_and_one_large_variance():
     for n in (2, 10, 100_000):
         exact = brute_force.class_covariance(1e-6, 0.8, 20.0, n=n, order=2)
@@ -175,6 +180,7 @@ def test_one_tiny_and_one_large_variance():
         assert abs(value[0] - exact) < promised(2, n, 20.0)[0] * scale(1e-6, 20.0, n, 2)
 
 
+@pytest.mark.quick
 def test_negative_control_another_order_is_found():
     """The limits tell apart orders whose kernels differ in the fifth digit only."""
     value, _ = entries(*np.array([[0.5], [0.9], [0.5]]), n=10, order=8, method=DIRECT)
@@ -183,6 +189,7 @@ def test_negative_control_another_order_is_found():
     assert 1e-6 < abs(value[0] - exact) / one < 1e-3
 
 
+@pytest.mark.quick
 def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
     emitted = integral.class_axis_order_2
 
@@ -204,6 +211,7 @@ def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
 # Edges.
 
 
+@pytest.mark.quick(order=None, method=None, dtype=jnp.float32)
 @pytest.mark.parametrize(
     ("order", "method"),
     [
@@ -240,6 +248,7 @@ def test_no_nan_anywhere(order, method, dtype):
                 assert not bad.any(), (n, rho, name, np.argwhere(bad))
 
 
+@pytest.mark.quick
 def test_one_class_is_constant():
     value = taylor_softmax.class_covariance(jnp.ones(3), 0.5, 1.0, n_classes=1, order=2)
     np.testing.assert_array_equal(value, np.zeros(3))
@@ -275,6 +284,7 @@ def test_shapes_broadcast():
     assert scalar.dtype == jnp.float64
 
 
+@pytest.mark.quick(order=2)
 @pytest.mark.parametrize(
     "order", [None, 2, *(pytest.param(m, marks=pytest.mark.slow) for m in (4, 12, 32))]
 )
@@ -371,6 +381,7 @@ def test_terms_are_shared_out_where_they_are_many(terms, loops):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.quick
 def test_one_table_serves_several_requests():
     x = random.normal(random.key(3), (36, 8)) / 3
     a = jnp.sum(x**2, 1)
@@ -382,6 +393,7 @@ def test_one_table_serves_several_requests():
     np.testing.assert_allclose(jnp.diagonal(together[0][0]), together[1][0], rtol=1e-12)
 
 
+@pytest.mark.quick(order=None, method=Interpolate())
 @pytest.mark.parametrize("order", [2, None])
 @pytest.mark.parametrize("method", [pytest.param(DIRECT, marks=pytest.mark.slow), Interpolate()])
 def test_kernels_stay_symmetric_and_positive(order, method):
@@ -397,7 +409,7 @@ def test_kernels_stay_symmetric_and_positive(order, method):
         assert eigenvalues[0] > -1e-7 * eigenvalues[-1], eigenvalues
 
 
-@pytest.mark.core
+@pytest.mark.quick(order=None, method=Interpolate())
 @pytest.mark.parametrize("order", [2, 4, None])
 @pytest.mark.parametrize("method", [pytest.param(DIRECT, marks=pytest.mark.slow), Interpolate()])
 def test_gradients_agree_with_differences_and_with_the_slope(order, method):
@@ -440,7 +452,7 @@ def many_pairs(order, n):
     return total, (a, c, b, weights)
 
 
-@pytest.mark.core
+@pytest.mark.quick(order=None)
 @pytest.mark.parametrize(("order", "n"), [(None, 10), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_derivatives_of_many_pairs(order, n):
     """Fused and in blocks of columns, against few pairs at a time."""
@@ -478,6 +490,7 @@ def test_second_derivatives_of_many_pairs(order, n):
     np.testing.assert_allclose(second, curvature, atol=1e-5 * scale)
 
 
+@pytest.mark.quick
 def test_vmap_equals_broadcasting():
     a = jnp.linspace(0.1, 2, 6)
     direct = taylor_softmax.class_covariance(a, a / 2, a, n_classes=3, order=4)
@@ -487,7 +500,7 @@ def test_vmap_equals_broadcasting():
     np.testing.assert_allclose(mapped, direct, rtol=1e-12)
 
 
-@pytest.mark.core
+@pytest.mark.quick
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices; conftest makes two on a CPU")
 def test_sharded_rows_stay_sharded():
     n_rows, n_columns = 1024, 96
@@ -513,6 +526,7 @@ def test_sharded_rows_stay_sharded():
 WIDE = np.array([25.0, 100.0, 1e3, 1e4, 1e6])
 
 
+@pytest.mark.quick(order=None, n=10, dtype=jnp.float64)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize(("order", "n"), [(None, 2), (None, 10), (None, 1000), (2, 2), (2, 10)])
 def test_an_input_with_itself_has_the_covariance_of_its_probabilities(order, n, dtype):
@@ -531,6 +545,7 @@ def test_an_input_with_itself_has_the_covariance_of_its_probabilities(order, n, 
     assert abs(other / want - 1) > 1e-5
 
 
+@pytest.mark.quick(order=20, near=False)
 @pytest.mark.parametrize(
     ("order", "near"), [(None, False), (2, False), (8, False), (20, False), (20, True)]
 )
@@ -560,6 +575,7 @@ def test_shipped_samples_are_those_of_the_program(order, near):
     assert np.max(np.abs(other - want) / scale) > 2 * max(estimates)
 
 
+@pytest.mark.quick(order=32, dtype=jnp.float32)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("order", [None, 2, 4, 32])
 def test_any_input_is_finite_and_within_its_bounds(order, dtype):
@@ -589,6 +605,7 @@ def test_any_input_is_finite_and_within_its_bounds(order, dtype):
             assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.quick
 def test_the_limit_is_argmax():
     """Of two classes: the sign of a difference, whose covariance is an arcsine."""
     rho = np.array([-1.0, -0.5, 0.0, 0.3, 0.9, 1.0])
@@ -634,7 +651,7 @@ def test_raw_digits():
 # Errors.
 
 
-@pytest.mark.core
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

@@ -29,8 +29,6 @@ stax = nt.stax
 empirical: Any = _compat.empirical.empirical
 predict: Any = _compat.predict.predict
 
-pytestmark = pytest.mark.core
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Without a rule of its own for a primitive, implementation 3 differentiates it in the ordinary way,
@@ -79,6 +77,7 @@ jax.experimental.jax2tf = sys.modules["jax.experimental.jax2tf"] = types.ModuleT
 """
 
 
+@pytest.mark.quick
 def test_import_leaves_everything_else_alone():
     python(
         """
@@ -107,6 +106,7 @@ assert not {"tensorflow", "tf2jax", "jax.experimental.jax2tf"} & sys.modules.key
     )
 
 
+@pytest.mark.quick
 def test_experimental_is_lazy_and_fails_in_the_ordinary_way():
     python(
         """
@@ -177,6 +177,7 @@ import neural_tangents as nt
         pytest.skip("neural_tangents imports by itself here: old JAX, and TensorFlow installed")
 
 
+@pytest.mark.quick
 def test_mends_what_was_imported_first(fake_tensorflow: Path):
     code = """
 try:
@@ -192,6 +193,7 @@ assert sys.modules["neural_tangents"] is nt and nt.experimental is experimental
         pytest.skip("neural_tangents cannot be imported first on this JAX, with TensorFlow or not")
 
 
+@pytest.mark.quick
 def test_names_are_only_lent_while_importing():
     with _compat.lending.lent_names():
         from jax.core import Jaxpr  # pyright: ignore[reportAttributeAccessIssue]
@@ -227,6 +229,7 @@ def jacobian_contraction(f, x1, x2, params):
     return sum(jnp.einsum("ai...,bj...->abij", a, b) for a, b in zip(j1, j2, strict=True))
 
 
+@pytest.mark.quick(implementation=3, vmap_axes=None)
 @ignore_missing_rules
 @pytest.mark.parametrize("implementation", [1, 2, 3])
 @pytest.mark.parametrize("vmap_axes", [None, 0])
@@ -241,6 +244,7 @@ def test_ntk_is_the_jacobian_contraction(implementation, vmap_axes):
     assert_close(got, jnp.trace(want, axis1=2, axis2=3) / 3)
 
 
+@pytest.mark.quick(implementation=1)
 @ignore_missing_rules
 @pytest.mark.parametrize("implementation", [1, 2, 3])
 def test_empirical_kernel_fn(implementation):
@@ -265,6 +269,7 @@ def test_auto_chooses_one_of_the_others(capsys):
     assert all(0 < cost < np.inf for cost in costs)
 
 
+@pytest.mark.quick
 def test_ntk_vector_product():
     f, params, x1, x2 = dense()
     v = random.normal(KEY, (2, 3))
@@ -298,6 +303,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.quick(name="conv")
 @ignore_missing_rules
 @pytest.mark.parametrize("name", NETWORKS)
 def test_implementations_agree(name):
@@ -360,6 +366,7 @@ def test_auto_passes_over_what_structured_derivatives_cannot_do():
     assert_close(got, jacobian_contraction(not_structured, x1, x2, WEIGHTS))
 
 
+@pytest.mark.quick
 def test_linearize_and_taylor_expand():
     def f(p, x):
         return jnp.sin(x @ p)
@@ -381,6 +388,7 @@ def analytic(*layers, shape=(4, 5)):
     return init_fn, apply_fn, kernel_fn, x
 
 
+@pytest.mark.quick
 def test_analytic_dense_kernel_is_the_arc_cosine_one():
     *_, kernel_fn, x = analytic(stax.Dense(1), stax.Relu(), stax.Dense(1))
     k = kernel_fn(x, None, ("nngp", "ntk"))
@@ -438,6 +446,7 @@ def test_batch_of_an_empirical_kernel():
     assert_close(got, jacobian_contraction(f, x1, x2, params))
 
 
+@pytest.mark.quick
 def test_batch_over_two_devices():
     """Through `pmap`. A process has one CPU device unless told before JAX starts."""
     python("""
@@ -472,6 +481,7 @@ def test_monte_carlo_kernel_converges_to_the_analytic_one():
         assert np.abs(z).max() < 4
 
 
+@pytest.mark.quick
 def test_global_self_attention_in_jit():
     """Its positional embeddings come through `eval_context` and stay in a cache."""
     init_fn, apply_fn, _, x = analytic(attention(), shape=(2, 5, 4))
@@ -507,6 +517,7 @@ def flow(ntk_dd, y, t):
     return moved, np.linalg.solve(ntk_dd, moved)
 
 
+@pytest.mark.quick(t=0.7)
 @pytest.mark.parametrize("t", [None, 0.7, 30.0])
 def test_gradient_descent_mse(task, t):
     _, _, _, y, k_dd, k_td, _ = task
@@ -554,6 +565,7 @@ def posterior(k_dd, k_td, k_tt, y):
     }
 
 
+@pytest.mark.quick
 def test_gp_inference_and_ensemble(task):
     kernel_fn, train, test, y, k_dd, k_td, k_tt = task
     want = posterior(k_dd, k_td, k_tt, y)
@@ -585,6 +597,7 @@ PREDICTORS = {
 }
 
 
+@pytest.mark.quick(name="mse")
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_predicting_inside_transformations(task, name):
     _, _, _, y, k_dd, k_td, _ = task
@@ -650,6 +663,7 @@ def test_predicting_inside_nested_traces(task):
         assert_close(got, want)
 
 
+@pytest.mark.quick(name="jax")
 @pytest.mark.parametrize(
     ("name", "theirs", "use"),
     [
@@ -688,6 +702,7 @@ def test_max_learning_rate(task, momentum):
 # What is mended, and no more
 
 
+@pytest.mark.quick
 def test_overlays_are_seen_by_their_importer_only():
     assert predict.jax.core.eval_context is jax.ensure_compile_time_eval
     assert jax.core.eval_context is not jax.ensure_compile_time_eval
@@ -698,6 +713,7 @@ def test_overlays_are_seen_by_their_importer_only():
         _ = predict.jax.no_such_name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("x", [jnp.ones((2, 3)), np.ones(4), 1.5, jax.ShapeDtypeStruct((2,), "f")])
 def test_shape_functions(x):
     shape = np.shape(x) if not isinstance(x, jax.ShapeDtypeStruct) else x.shape

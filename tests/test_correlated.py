@@ -10,8 +10,6 @@ from taylor_softmax import predict
 from taylor_softmax._numerics import errors
 from taylor_softmax.methods import Direct, QuasiMonteCarlo
 
-pytestmark = pytest.mark.core
-
 MEAN = jnp.array([0.4, -0.3, 0.1])
 COVARIANCE = jnp.array([[1.0, 0.7, -0.2], [0.7, 1.5, 0.1], [-0.2, 0.1, 0.8]])
 
@@ -36,6 +34,7 @@ def both(mean, covariance, **options):
     )
 
 
+@pytest.mark.quick(variance=100.0)
 @pytest.mark.parametrize(("variance", "error"), [(1.0, 1e-4), (10.0, 5e-4), (100.0, 1e-3)])
 def test_three_classes_against_quadrature(variance, error):
     mean = np.sqrt(variance) * MEAN
@@ -86,6 +85,7 @@ def test_thirty_classes_at_the_edges_of_what_is_promised(variance):
     agree_with_sampling(np.sqrt(variance) * mean, covariance, error)
 
 
+@pytest.mark.quick
 def test_exact_where_there_is_an_exact_rule():
     variance = jnp.array([0.5, 3.0, 0.0])
     shift = jnp.array([0.3, -0.2, 0.6])
@@ -131,6 +131,7 @@ def test_taylor_softmax():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.quick
 def test_excluded_classes_and_batches():
     order = jnp.array([0, 2, 3])
     larger = jnp.full((4, 4), 7.0).at[order[:, None], order].set(COVARIANCE) + jnp.eye(4) * 1e-9
@@ -153,6 +154,7 @@ def test_excluded_classes_and_batches():
     assert half.dtype == jnp.float16
 
 
+@pytest.mark.quick
 def test_derivatives():
     """Against differences of quadrature; at a diagonal covariance, where eigenvalues meet, too."""
     direction = jnp.array([[0.5, 0.3, -0.4], [0.3, -0.2, 0.1], [-0.4, 0.1, 0.3]])
@@ -185,6 +187,7 @@ def test_derivatives():
     assert np.all(np.isnan(along_covariance))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -221,6 +224,7 @@ def test_errors_name_the_argument(arguments, error, message):
         predict.class_probabilities(MEAN, **arguments)
 
 
+@pytest.mark.quick
 def test_traced_arguments_that_are_wrong_are_nan_alone():
     good = jnp.stack([COVARIANCE] * 4)
     wrong = good.at[0].multiply(-1).at[1, 0, 1].add(1).at[2, 0, 0].set(jnp.inf)

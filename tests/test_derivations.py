@@ -45,6 +45,7 @@ def rendered() -> dict[str, str]:
 # Staleness
 
 
+@pytest.mark.quick
 def test_generated_code_is_current():
     """What `python -m derivations --check` says; the rendering takes seconds."""
     assert command.main(["--check"]) == 0
@@ -83,6 +84,7 @@ def check(target: Path, capsys) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@pytest.mark.quick
 def test_check_passes_on_what_was_written(target, capsys):
     assert check(target, capsys) == (0, "", "")
 
@@ -119,6 +121,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_check_finds(damage, target, capsys, rendered):
     damage(target)
@@ -135,6 +138,7 @@ def test_check_finds(damage, target, capsys, rendered):
     assert check(target, capsys) == (0, "", "")
 
 
+@pytest.mark.quick
 def test_what_is_not_python_is_left_alone(target, capsys):
     (target / "notes.txt").write_text("kept")
     assert check(target, capsys)[0] == 0
@@ -145,6 +149,7 @@ def test_what_is_not_python_is_left_alone(target, capsys):
 # What is emitted
 
 
+@pytest.mark.quick
 def test_generated_files_say_where_they_come_from(rendered):
     modules = {"class_axis.py", "position_axis.py", "probabilities.py"}
     assert set(rendered) == {"__init__.py"} | modules
@@ -204,6 +209,7 @@ def load(text: str, folder: Path) -> Any:
     return module
 
 
+@pytest.mark.quick
 def test_emitted_function_computes_what_it_should(tmp_path):
     """Definitions out of order, shared subexpressions, powers, a function of jax.numpy."""
     shared = (X + 1) ** 3
@@ -220,6 +226,7 @@ def test_emitted_function_computes_what_it_should(tmp_path):
     assert "import math" not in text
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("expression", "called"),
     [
@@ -241,12 +248,14 @@ def test_untraceable_calls_are_rejected(expression, called):
         probe(A + X, definitions=((A, expression),)).render()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("expression", [sp.sqrt(X), X ** sp.Rational(3, 2), 2**X, 1 / sp.cbrt(X)])
 def test_powers_that_are_not_integers_are_rejected(expression):
     with pytest.raises(NotImplementedError, match="integer powers"):
         probe(expression).render()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "definitions",
     [((A, B + X), (B, A * X)), ((A, A + 1),), ((A, sp.Symbol("unknown") * X),)],
@@ -298,6 +307,7 @@ def exact(t: float, s: float, a: float, c: float, b: float) -> tuple[Any, ...]:
         return function(*at), cross, cross_slope, mpmath.diff(function, at, (0, 0, 1))
 
 
+@pytest.mark.quick(covariance=COVARIANCES[0], point=POINTS[0])
 @pytest.mark.parametrize("covariance", COVARIANCES[:4])
 @pytest.mark.parametrize("point", POINTS[:3])
 def test_log_phi_is_the_gaussian_integral(point, covariance):
@@ -348,6 +358,7 @@ def emitted_errors(covariance, point, shift=0.0, dtype: Any = np.float64) -> lis
     return errors
 
 
+@pytest.mark.quick(point=POINTS[0])
 @pytest.mark.parametrize("covariance", COVARIANCES)
 @pytest.mark.parametrize("point", POINTS)
 def test_class_axis_order_2(point, covariance):
@@ -366,6 +377,7 @@ def test_class_axis_order_2_in_float32(point, covariance):
     assert max(errors) <= 40, errors
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("output", range(4))
 def test_a_perturbed_covariance_is_noticed(output):
     """Negative control: every output depends on cov12."""
@@ -447,6 +459,7 @@ def posterior_errors(logit, mean_shift=0.0, dtype: Any = np.float64) -> list[flo
         ]
 
 
+@pytest.mark.quick(dtype=np.float64)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("logit", LOGITS)
 def test_logit_order_2(logit, dtype):
@@ -454,6 +467,7 @@ def test_logit_order_2(logit, dtype):
     assert max(posterior_errors(logit, dtype=dtype)) <= 8
 
 
+@pytest.mark.quick
 def test_a_perturbed_mean_is_noticed():
     """Negative control: every output depends on the mean."""
     assert min(posterior_errors((0.5, 1.0, 0.7), mean_shift=1e-13)) > 8
@@ -498,11 +512,13 @@ def observation_errors(observation, shift=0.0) -> list[float]:
         return [float(abs(float(g) - x) / abs(x) / EPS) for g, x in zip(got, exact, strict=True)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_observation_order_2(observation):
     assert max(observation_errors(observation)) <= 8
 
 
+@pytest.mark.quick
 def test_a_perturbed_observation_is_noticed():
     """Negative control; the gain does not depend on the mean."""
     assert min(observation_errors((1.0, 1.0, 0.7), shift=1e-13)[1:]) > 8
@@ -525,6 +541,7 @@ def test_an_observation_moves_the_others():
     np.testing.assert_allclose(log_phi, np.log(tilt.sum() / weight.sum() ** 2), rtol=1e-10)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cov12", [0.0, 0.6, -1.2])
 def test_second_moment_of_two_logits(cov12):
     moved, variances = (0.4, -1.5), (1.0, 2.0)
@@ -550,6 +567,7 @@ def test_the_covariance_of_two_logits_vanishes_with_theirs():
     assert between.outputs[0][2].subs(gaussian.COV12, 0) == 0
 
 
+@pytest.mark.quick
 def test_positive_terms():
     """Changes nothing, and refuses what could cancel."""
     inverse = sp.Symbol("inverse")
@@ -578,6 +596,7 @@ def gaussian_integral_by_quadrature(exponent, variables, covariance, n_nodes=40)
     return float(np.log(np.sum(weights * np.exp(function(*np.moveaxis(values, -1, 0))))))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("exponent", "variables", "covariance"),
     [
@@ -660,6 +679,7 @@ ISSERLIS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("i", "j"), ISSERLIS)
 def test_moment(i, j):
     assert sp.expand(gaussian.moment(i, j) - ISSERLIS[i, j]) == 0
@@ -668,6 +688,7 @@ def test_moment(i, j):
     assert sp.expand(gaussian.moment(j, i) - ISSERLIS[i, j].subs(mirror, simultaneous=True)) == 0
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("i", "j"), [(1, 0), (0, 3), (2, 1), (4, 5), (-1, 1), (-2, 0), (0, -1)])
 def test_moments_that_vanish(i, j):
     assert gaussian.moment(i, j) == 0
@@ -695,10 +716,12 @@ def test_expectation_is_linear():
     assert sp.expand(gaussian.expectation(polynomial) - want) == 0
 
 
+@pytest.mark.quick
 def test_sums_of_the_infinitely_wide_axis():
     infinite_width.verify()
 
 
+@pytest.mark.quick
 def test_a_wrong_sum_of_the_infinitely_wide_axis_is_noticed(monkeypatch):
     """Negative control: `e_r` with one degree less."""
     monkeypatch.setattr(
@@ -710,6 +733,7 @@ def test_a_wrong_sum_of_the_infinitely_wide_axis_is_noticed(monkeypatch):
         infinite_width.verify()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("order", [0, 1, 2, 5, 12])
 def test_taylor_polynomial(order):
     got = sp.Poly(gaussian.taylor_polynomial(U, order), U)

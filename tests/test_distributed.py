@@ -122,6 +122,7 @@ CASES = {
 }
 
 
+@pytest.mark.quick(case="Softmax")
 @pytest.mark.filterwarnings("ignore:`FanIn` layers assume independent inputs")
 @pytest.mark.parametrize(
     "case",
@@ -135,6 +136,7 @@ def test_equals_kernel_fn(case):
         assert_equal(got, kernel_fn(x1, other, GET))
 
 
+@pytest.mark.quick
 def test_another_kernel_is_another():
     """Negative control."""
     got = kernel_array(network(stax.Dense(16, 1.501, 0.1), stax.Erf(), stax.Dense(4)), X1, chunks=9)
@@ -142,6 +144,7 @@ def test_another_kernel_is_another():
         assert_equal(got, NETWORK(X1, None, GET))
 
 
+@pytest.mark.quick
 def test_half_of_a_symmetric_kernel_is_computed(computed):
     got = kernel_array(NETWORK, X1, chunks=10)
     nngp, ntk = compute(*got)
@@ -153,6 +156,7 @@ def test_half_of_a_symmetric_kernel_is_computed(computed):
     assert len(computed) == 9
 
 
+@pytest.mark.quick
 def test_only_what_is_asked_for_is_computed(computed):
     got = kernel_array(NETWORK, X1, get="ntk", chunks=10)
     block = got[:5, 12:15].compute()
@@ -233,6 +237,7 @@ def whole(zarr, tmp_path):
     return url
 
 
+@pytest.mark.quick
 def test_store_is_the_kernel_bit_for_bit(whole, zarr, tmp_path):
     nngp, ntk = compute(*kernel_array(NETWORK, X1, chunks=10))
     assert bits(whole, zarr) == {"nngp": nngp.tobytes(), "ntk": ntk.tobytes()}
@@ -241,6 +246,7 @@ def test_store_is_the_kernel_bit_for_bit(whole, zarr, tmp_path):
     assert one.shape == (23, 9)
 
 
+@pytest.mark.quick(reached="data")
 @pytest.mark.parametrize("reached", ["nothing", "data", "marker"])
 def test_resumed_run_equals_one_that_was_not_stopped(
     reached, whole, zarr, tmp_path, monkeypatch, computed
@@ -272,6 +278,7 @@ def test_resumed_run_equals_one_that_was_not_stopped(
     assert not computed
 
 
+@pytest.mark.quick(damage="other bytes")
 @pytest.mark.parametrize("damage", ["cut short", "other bytes", "gone"])
 def test_tiles_half_written_are_computed_again(damage, whole, zarr, computed):
     want = bits(whole, zarr)
@@ -301,6 +308,7 @@ def test_resume_begins_where_there_is_nothing(zarr, tmp_path):
 OTHER = network(stax.Dense(16, 1.5002, 0.1), stax.Erf(), stax.Dense(4))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -333,6 +341,7 @@ def test_what_is_there_is_not_written_over(whole, zarr, tmp_path):
         store(3, NETWORK, X1)
 
 
+@pytest.mark.quick
 def test_full_disk(zarr, tmp_path, monkeypatch, computed):
     url, needed = tmp_path / "k", 2 * 8 * 23**2
     usage = types.SimpleNamespace(free=needed - 1)
@@ -495,6 +504,7 @@ def predictions(n, method, zarr, tmp_path, diag_reg):
 METHODS = [None, Cholesky(), ConjugateGradients(1e-10, rank=20)]
 
 
+@pytest.mark.quick(method=METHODS[2])
 @pytest.mark.parametrize("method", METHODS, ids=["default", "Cholesky", "CG"])
 def test_predictions_are_those_of_nt_predict(method, zarr, tmp_path):
     (nngp, want_nngp), (ntk, want_ntk) = predictions(100, method, zarr, tmp_path, 1e-3)
@@ -520,6 +530,7 @@ def test_solutions_have_the_shape_of_targets(method):
         np.testing.assert_allclose(alpha.compute(), want, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.quick(method=METHODS[1])
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_indefinite_kernels_raise(method):
     kernel = np.diag(np.where(np.arange(30) % 2, -1.0, 1.0))
@@ -527,6 +538,7 @@ def test_indefinite_kernels_raise(method):
         solve(kernel, np.ones(30), method=method).compute()
 
 
+@pytest.mark.quick
 def test_what_has_not_converged_raises():
     kernel = np.diag(np.geomspace(1e-9, 1, 100))
     with pytest.raises(RuntimeError, match="`max_iterations`=3"):
@@ -577,12 +589,14 @@ WRONG = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("call", "error", "message"), WRONG)
 def test_wrong_call(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call()
 
 
+@pytest.mark.quick
 def test_without_dask(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("taylor_softmax._distributed")]:
         monkeypatch.delitem(sys.modules, name)
@@ -592,6 +606,7 @@ def test_without_dask(monkeypatch):
         __import__(distributed.__name__)
 
 
+@pytest.mark.quick
 def test_without_zarr(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(ImportError, match=r"taylor-softmax\[dask\]"):

@@ -21,12 +21,14 @@ PUBLIC = ["taylor_softmax"] + [
 ]
 
 
+@pytest.mark.quick(page=PAGES[0])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page, capsys):
     """All of a page, one after the other, in one namespace."""
     mktestdocs.check_md_file(page, memory=True)
 
 
+@pytest.mark.quick
 def test_example_of_the_readme_says_what_it_claims(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     namespace = {}
@@ -38,6 +40,7 @@ def test_example_of_the_readme_says_what_it_claims(capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.quick
 def test_a_block_that_fails_is_noticed(tmp_path):
     """Negative control."""
     page = tmp_path / "page.md"
@@ -46,11 +49,13 @@ def test_a_block_that_fails_is_noticed(tmp_path):
         mktestdocs.check_md_file(page, memory=True)
 
 
+@pytest.mark.quick
 def test_readme_is_short():
     text = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text())
     assert len(text.split()) <= 500
 
 
+@pytest.mark.quick
 def test_a_report_keeps_the_parts_that_are_not_asked_for(tmp_path, monkeypatch):
     parser = report.options("benchmarks.example", None)
     output = ["--output", str(tmp_path / "report.md")]
@@ -71,6 +76,7 @@ def test_a_report_keeps_the_parts_that_are_not_asked_for(tmp_path, monkeypatch):
     assert "`python -m benchmarks.example --only two-b`" in after["two-b"]
 
 
+@pytest.mark.quick
 def test_every_report_is_in_parts():
     """The accuracy report, which has a program of its own, apart."""
     for path in (ROOT / "benchmarks" / "results").glob("*.md"):
@@ -79,6 +85,7 @@ def test_every_report_is_in_parts():
         assert all("Command: `python -m benchmarks." in section for section in found.values())
 
 
+@pytest.mark.quick
 def test_navigation_has_every_page():
     """Notebooks are scripts here, and pages of the site."""
     pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
@@ -88,6 +95,7 @@ def test_navigation_has_every_page():
     assert sorted(named) == sorted(pages | notebooks)
 
 
+@pytest.mark.quick
 def test_site_shows_every_report():
     reports = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.md")}
     shown = {path.stem: path.read_text() for path in (DOCS / "reports").glob("*.md")}
@@ -96,6 +104,7 @@ def test_site_shows_every_report():
         assert f'"benchmarks/results/{name}.md"' in text
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("module", PUBLIC)
 def test_reference_has_every_public_name(module):
     """As a member that mkdocstrings documents, a page of its own, or a name of neural_tangents."""

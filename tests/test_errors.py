@@ -9,7 +9,7 @@ import pytest
 from taylor_softmax._numerics import errors
 from taylor_softmax._numerics.surrogate import parse
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.quick
 
 
 def test_promises_weaken_with_the_variance():

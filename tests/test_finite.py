@@ -15,7 +15,7 @@ SOFTMAX = stax.serial(stax.Dense(16), stax.Relu(), stax.Dense(4, W_std=2.0), sta
 MAPS = stax.serial(stax.Conv(16, (1, 1)), stax.Relu(), stax.Conv(4, (1, 1)), stax.Softmax())
 
 
-@pytest.mark.core
+@pytest.mark.quick(between=())
 @pytest.mark.filterwarnings("ignore:`FanIn` layers assume independent inputs")
 @pytest.mark.parametrize(
     "last", [stax.Relu(), stax.Erf(), stax.Softmax(), stax.LayerNorm()], ids=lambda x: x[0].__name__
@@ -27,6 +27,7 @@ def test_nothing_nonlinear_behind_a_dense_layer_over_classes(last, between):
         kernel_fn(X, None)
 
 
+@pytest.mark.quick
 def test_layers_of_neural_tangents_itself_are_refused_too():
     with pytest.raises(NotImplementedError, match="mixture of Gaussians"):
         nt.stax.serial(SOFTMAX, nt.stax.Dense(8), nt.stax.Relu())[2](X, None)
@@ -37,6 +38,7 @@ def test_layers_of_neural_tangents_itself_are_refused_too():
         nt.stax.Erf()[2](kernel)
 
 
+@pytest.mark.quick
 def test_the_second_moment_behind_linear_layers_is_right():
     """And a nonlinearity's would not be: what is refused is off by far more than the noise."""
     init_fn, apply_fn, kernel_fn = stax.serial(
@@ -60,7 +62,7 @@ def test_the_second_moment_behind_linear_layers_is_right():
     assert np.all((measured - 1.5 * variance**2) / noise > 4)
 
 
-@pytest.mark.core
+@pytest.mark.quick
 def test_no_normalisation_over_the_logits():
     dense = stax.Dense(4)
     with pytest.raises(NotImplementedError, match=r"normalises over channels .* over 4 of them"):
@@ -73,7 +75,7 @@ def test_no_normalisation_over_the_logits():
         assert np.all(np.isfinite(kernel.ntk))
 
 
-@pytest.mark.core
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "network",
     {
@@ -90,6 +92,7 @@ def test_class_kernel_refuses(network):
         taylor_softmax.class_kernel(kernel_fn(X, None))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "last",
     [stax.Flatten(), stax.GlobalSumPool(), stax.SumPool((2, 2)), stax.AvgPool((2, 2))],
@@ -113,6 +116,7 @@ def test_class_kernel_of_a_batched_network():
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+@pytest.mark.quick
 def test_class_kernel_behind_what_leaves_the_classes():
     for last in (stax.GlobalAvgPool(), stax.Identity()):
         *_, kernel_fn = stax.serial(MAPS, last)

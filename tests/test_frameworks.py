@@ -34,6 +34,7 @@ def network(request):
     return request.param()
 
 
+@pytest.mark.quick
 def test_empirical_kernel_is_that_of_the_jacobian(network):
     logits, params = network
 

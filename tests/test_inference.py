@@ -12,8 +12,6 @@ from taylor_softmax import predict, stax
 from taylor_softmax._probabilities import inference
 from taylor_softmax._probabilities.priors import Exact
 
-pytestmark = pytest.mark.core
-
 
 def problem(seed, n, n_classes, variance, noise=0.3):
     """A smooth kernel, `(N, N)`, labels, and the inputs."""
@@ -73,6 +71,7 @@ def importance_sampling(prior, labels, n_classes, posterior, k_test, n_samples=4
 LIMITS = {1.0: (0.05, 0.01), 10.0: (0.3, 0.03), 100.0: (1.0, 0.06)}
 
 
+@pytest.mark.quick(variance=100.0, n=5)
 @pytest.mark.parametrize("variance", LIMITS)
 @pytest.mark.parametrize(
     ("n", "n_classes"),
@@ -117,6 +116,7 @@ def factorised_bound(prior, labels, n_classes):
     return np.sum(y * mean) - np.sum(expected) - divergence
 
 
+@pytest.mark.quick(variance=10.0)
 @pytest.mark.parametrize("variance", [1.0, 10.0, 100.0])
 def test_gradient_against_finite_differences_of_the_refitted_bound(variance):
     prior, labels, x = problem(1, 12, 3, variance)
@@ -142,6 +142,7 @@ def test_gradient_against_finite_differences_of_the_refitted_bound(variance):
     assert abs(float(jnp.sum(at_start * other)) - want) > 0.01
 
 
+@pytest.mark.quick
 def test_stationary_in_the_sites():
     """No step of the sites raises the bound; the derivatives are those that the steps use."""
     prior, labels, _ = problem(3, 12, 3, 5.0)
@@ -163,6 +164,7 @@ def inducing(x, z, variance):
     )
 
 
+@pytest.mark.quick
 def test_inducing_inputs():
     """All training inputs for inducing ones are the whole kernel; of fewer the bound is lower."""
     variance = 10.0
@@ -253,6 +255,7 @@ def test_two_classes_are_binary_classification():
     assert float(posterior.log_evidence) == pytest.approx(-best.fun, abs=1e-5)
 
 
+@pytest.mark.quick(variance=1e4)
 @pytest.mark.parametrize("variance", [1e-3, 1.0, 1e4])
 def test_hard_problems_stay_finite(variance):
     """Duplicates that contradict each other, an absent class, a singular kernel."""
@@ -327,6 +330,7 @@ def test_evidence_of_a_network():
     assert abs(float(hard.log_evidence - cold.log_evidence)) > 1e-2
 
 
+@pytest.mark.quick
 def test_not_converged_is_said(capsys):
     prior, labels, _ = problem(8, 12, 3, 10.0)
     with pytest.warns(UserWarning, match=r"not converged: after 2 iterations.*residual"):
@@ -337,6 +341,7 @@ def test_not_converged_is_said(capsys):
     assert "iteration 2: log evidence" in capsys.readouterr().out
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("k", "y", "options", "error", "message"),
     [
@@ -361,6 +366,7 @@ def test_errors_name_the_argument(k, y, options, error, message):
         predict.categorical_inference(k, y, **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("kernels", "message"),
     [
@@ -377,6 +383,7 @@ def test_errors_of_inducing_kernels_name_the_argument(kernels, message):
         predict.categorical_inference(predict.InducingKernels(*kernels), [0, 1, 2])
 
 
+@pytest.mark.quick
 def test_errors_of_the_choice():
     with pytest.raises(ValueError, match=r"`variance`.*\(2, 2\)"):
         predict.choose_inducing(np.eye(2), lambda i: np.eye(2)[i], 1)
@@ -386,6 +393,7 @@ def test_errors_of_the_choice():
         predict.choose_inducing(np.array([1.0, -1.0]), lambda i: np.ones(2), 1)
 
 
+@pytest.mark.quick
 def test_errors_of_the_posterior():
     posterior = predict.categorical_inference(np.eye(2), [0, 1])
     with pytest.raises(ValueError, match=r"`k_test_train`.*\(T, 2\).*\(2, 3\)"):

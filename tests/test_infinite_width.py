@@ -123,6 +123,7 @@ def moments(covariance, order, dtype: Any = np.float64):
 # The oracle
 
 
+@pytest.mark.quick(n_nodes=9)
 @pytest.mark.parametrize("n_nodes", [1, 2, 9, 33])
 def test_gauss_hermite_is_exact(n_nodes):
     with mpmath.workdps(DIGITS):
@@ -136,6 +137,7 @@ def test_gauss_hermite_is_exact(n_nodes):
         assert abs(got / mpmath.fac2(2 * n_nodes - 1) - 1) > 1e-10
 
 
+@pytest.mark.quick
 def test_oracle_on_what_is_known_by_hand():
     """`f_2 = 1 + z + z^2 / 2`: E[u^2 v^2] = a b + 2 c^2, E[u v] = c."""
     a, c, b = 0.75, -0.25, 2.0
@@ -149,6 +151,7 @@ def test_oracle_on_what_is_known_by_hand():
 # Values
 
 
+@pytest.mark.quick(order=12)
 @pytest.mark.parametrize("covariance", COVARIANCES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_moments(order, covariance):
@@ -158,6 +161,7 @@ def test_moments(order, covariance):
     np.testing.assert_allclose(swapped, got, rtol=8 * EPS, atol=8 * EPS * abs(float(got[0])))
 
 
+@pytest.mark.quick(order=14)
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_perturbed_moment_is_noticed(order, monkeypatch):
     """Negative control: a covariance that is off by 1e-12, a neighbouring order."""
@@ -172,6 +176,7 @@ def test_a_perturbed_moment_is_noticed(order, monkeypatch):
         assert_moments(moments(covariance, order + 2), covariance, order, 2 * order * EPS)
 
 
+@pytest.mark.quick(order=14)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_float32(covariance, order):
@@ -197,6 +202,7 @@ def derivatives(arguments, order):
     return np.stack(jax.tree.leaves(derivatives_fn(order)(*arguments)))
 
 
+@pytest.mark.quick(order=14, dtype=np.float32)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("order", [2, 12, 14, 32])
 def test_edges(order, dtype):
@@ -221,12 +227,14 @@ def test_edges(order, dtype):
         assert np.isfinite(derivatives(arguments, order)).all()
 
 
+@pytest.mark.quick(order=32)
 @pytest.mark.parametrize("order", ORDERS)
 def test_variance_1000(order):
     for covariance in ((1e3, 1e3, 1e3), (1e3, -1e3, 1e3)):
         assert_moments(moments(covariance, order), covariance, order, 2 * order * EPS)
 
 
+@pytest.mark.quick(order=32)
 @pytest.mark.parametrize("order", ORDERS)
 def test_variance_1000_in_float32(order):
     eps = float(np.finfo(np.float32).eps)
@@ -236,6 +244,7 @@ def test_variance_1000_in_float32(order):
         assert_moments(got, covariance, order, 2 * order * eps)
 
 
+@pytest.mark.quick(order=20)
 @pytest.mark.parametrize("order", [2, 12, 14, 20])
 def test_derivatives_at_variance_1000_in_float32(order):
     covariances = [(1e3, 1e3, 1e3), (1e3, -1e3, 1e3), (1e3, 0.0, 1e3), (1e3, 1e-3, 1e-12)]
@@ -252,6 +261,7 @@ def test_derivatives_at_variance_1000_in_float32(order):
     assert (np.abs(got - want) <= 10 * order * np.finfo(np.float32).eps * size).all()
 
 
+@pytest.mark.quick(order=12)
 @pytest.mark.parametrize("order", [2, 12, 14])
 def test_derivatives(order):
     covariances = ((0.25, -0.3, 2.0), (20.0, 11.0, 12.0), (1e3, 500.0, 1e3), (1e3, -999.0, 1e3))
@@ -275,6 +285,7 @@ def test_derivatives(order):
             assert abs(got[0] - want[2]) > 1e-3 * abs(want[2])
 
 
+@pytest.mark.quick(order=4)
 @pytest.mark.parametrize("order", ORDERS)
 def test_constant_input(order):
     """A variance of 0 makes `f(u) = 1`: nothing to correlate."""
@@ -288,6 +299,7 @@ def test_constant_input(order):
 # Slopes, shapes, softmax
 
 
+@pytest.mark.quick(order=14)
 @pytest.mark.parametrize("order", [2, 4, 8, 12, 14, None])
 def test_slope_is_the_derivative(order):
     """By Price's theorem; here by differentiating the value, and by mpmath."""
@@ -308,6 +320,7 @@ def test_slope_is_the_derivative(order):
         assert abs(float(slope[6] / compiled(*arguments, order=order)[0][6] - 1)) > 1e-2
 
 
+@pytest.mark.quick
 def test_softmax_is_exp():
     var1, cov12, var2 = (jnp.asarray(x) for x in np.array(COVARIANCES).T)
     value, slope = kernel(var1, cov12, var2, order=None)
@@ -325,6 +338,7 @@ def test_softmax_is_exp():
     np.testing.assert_allclose(got, second / means, rtol=1e-13)
 
 
+@pytest.mark.quick
 def test_orders_converge_to_softmax():
     covariance = (1.0, -0.7, 0.8)
     want = float(moments(covariance, None)[0])
@@ -334,6 +348,7 @@ def test_orders_converge_to_softmax():
     assert errors[-1] < 1e-9
 
 
+@pytest.mark.quick(order=14)
 @pytest.mark.parametrize("order", [2, 14, None])
 def test_broadcasts(order):
     var1, var2 = jnp.asarray([[0.5], [1.0], [4.0]]), jnp.asarray([0.3, 2.0])

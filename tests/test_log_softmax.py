@@ -44,6 +44,7 @@ def stacked(cases, n_classes, dtype=float):
     return np.stack(moments([pairs], n_classes=n_classes)[0], -1)
 
 
+@pytest.mark.quick(cases=FAR)
 @pytest.mark.parametrize("cases", [NEAR, FAR], ids=["near", "far"])
 def test_two_classes_against_quadrature(cases):
     want = np.array([of_two_classes(*case) for case in cases])
@@ -58,6 +59,7 @@ def test_two_classes_against_quadrature(cases):
     assert np.all(np.abs(got[:, 0] - integral - want[:, 0]) > 1e-3 * scale[:, 0])
 
 
+@pytest.mark.quick
 def test_sampling():
     n, cases = 5, [(2.0, 1.2, 3.0), (30.0, 29.0, 30.0)]
     got = stacked(cases, n)
@@ -103,6 +105,7 @@ def test_mean_of_the_normaliser_of_equal_logits():
     np.testing.assert_allclose(slope, (1 - 0.1) * (1 - 10 * same) / 2, rtol=1e-6)
 
 
+@pytest.mark.quick
 def test_one_class_is_constant():
     np.testing.assert_allclose(stacked([(1.0, 0.5, 2.0)], 1)[:, [0, 2]], 0, atol=1e-12)
 
@@ -128,7 +131,7 @@ def network(*last):
     )
 
 
-@pytest.mark.core
+@pytest.mark.quick
 def test_apply_is_that_of_jax():
     z = random.normal(random.key(3), (2, 3, 4))
     for axis in (-1, 1, (1, 2)):
@@ -145,7 +148,7 @@ def test_apply_is_that_of_jax():
     np.testing.assert_array_equal(got.masked_value[0, :, 2:], 0)
 
 
-@pytest.mark.core
+@pytest.mark.quick
 def test_class_kernel_in_parts_masked_and_behind_other_layers():
     *_, kernel_fn = network()
     classes = taylor_softmax.class_kernel(kernel_fn(X, None))
@@ -159,6 +162,7 @@ def test_class_kernel_in_parts_masked_and_behind_other_layers():
         network(stax.Dense(2), stax.Relu())[2](X, None)
 
 
+@pytest.mark.quick
 def test_positions_are_elementwise_and_may_be_masked():
     logits = stax.serial(stax.Conv(8, (2, 2)), stax.Relu(), stax.Conv(3, (1, 1)))
     *_, kernel_fn = stax.serial(logits, stax.LogSoftmax())
@@ -178,7 +182,7 @@ def test_positions_are_elementwise_and_may_be_masked():
     assert np.all(classes.nngp[0, 0, 2:] == 0)
 
 
-@pytest.mark.core
+@pytest.mark.quick
 def test_refusals():
     dense = stax.Dense(3)
     with pytest.raises(ValueError, match="must be Gaussian"):

@@ -13,11 +13,10 @@ from taylor_softmax._numerics.surrogate import parse
 
 import neural_tangents as nt  # isort: skip
 
-pytestmark = pytest.mark.core
-
 ORDERS = (None, 2, 8)
 
 
+@pytest.mark.quick(order=2)
 @pytest.mark.parametrize("order", ORDERS)
 def test_value_and_gradient(order):
     rng = np.random.default_rng(0)
@@ -37,6 +36,7 @@ def test_value_and_gradient(order):
     assert abs(losses.cross_entropy(4)(fx, y) - expected(fx)) > 1e-3
 
 
+@pytest.mark.quick(order=8, dtype=jnp.float32)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_huge_logits(order, dtype):
@@ -59,6 +59,7 @@ def test_huge_logits(order, dtype):
     assert value == pytest.approx(float(np.mean(log_sum - log_f[[0, 1], [2, 1]])), rel=1e-6)
 
 
+@pytest.mark.quick(dtype=jnp.float32)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
 def test_probabilities_beyond_the_simplex(dtype):
     """Continued along the tangent: convex, once differentiable, and pushing back."""
@@ -79,6 +80,7 @@ def test_probabilities_beyond_the_simplex(dtype):
     assert slopes == sorted(slopes)
 
 
+@pytest.mark.quick(order=2, margin=0.3)
 @pytest.mark.parametrize("order", [None, 2, 8])
 @pytest.mark.parametrize("margin", [0.0, 0.3, 5.0])
 def test_margin(order, margin):
@@ -101,6 +103,7 @@ def test_margin(order, margin):
         assert abs(losses.cross_entropy(order, margin=margin)(jnp.asarray(z), y) - plain) > 0.01
 
 
+@pytest.mark.quick(order=8)
 @pytest.mark.parametrize("order", [None, 8])
 def test_gradients_with_a_margin(order):
     loss = losses.cross_entropy(order, margin=0.5)
@@ -116,6 +119,7 @@ def test_gradients_with_a_margin(order):
         np.testing.assert_allclose(gradient[0, i], (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -134,6 +138,7 @@ def test_errors_name_the_argument(arguments, error, message):
         losses.cross_entropy(**arguments)
 
 
+@pytest.mark.quick
 def test_targets_have_the_shape_of_outputs():
     with pytest.raises(ValueError, match=r"`y`.*\(5, 3\).*\(5,\).*one_hot"):
         losses.cross_entropy()(jnp.zeros((5, 3)), jnp.zeros(5))
@@ -161,6 +166,7 @@ def network(name):
     return *stax.serial(*layers)[:2], losses.cross_entropy(order, probabilities=probabilities)
 
 
+@pytest.mark.quick(name="TaylorSoftmax")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradient_descent_on_an_empirical_kernel(name):
     """The linearised network's own gradient descent, in the space of its parameters."""
@@ -226,6 +232,7 @@ def test_empirical_kernels_average_to_the_analytic_ones():
         assert np.mean(((difference + 0.25 * samples.mean(0)) / stderr) ** 2) > 12
 
 
+@pytest.mark.quick
 def test_axes_of_empirical_kernels():
     """`diagonal_axes` gives the same-class entries, the default their mean over classes."""
     init_fn, apply_fn, _ = network("Softmax")

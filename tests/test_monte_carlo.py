@@ -10,11 +10,10 @@ from oracles import class_axis as brute_force
 from taylor_softmax import monte_carlo
 from taylor_softmax._numerics.surrogate import parse
 
-pytestmark = pytest.mark.core
-
 VAR1, COV12, VAR2 = np.array([[0.5, 2.0], [0.3, -1.5], [0.4, 2.0]])
 
 
+@pytest.mark.quick(order=6)
 @pytest.mark.parametrize("order", [2, 6, None])
 def test_means_and_standard_errors(order):
     """Scores of many independent estimates are standard normal: mean square 1, none extreme."""
@@ -45,6 +44,7 @@ def test_means_and_standard_errors(order):
     assert np.mean(biased**2) > 1.5 * np.mean(scores**2)
 
 
+@pytest.mark.quick
 def test_chunks_add_up(monkeypatch):
     """The estimate does not depend on how the standard error is accumulated."""
     arguments = {"n_classes": 4, "order": 2, "n_samples": 1000}
@@ -73,6 +73,7 @@ def test_memory_does_not_grow_with_the_samples():
     assert temporary_bytes(1000) == temporary_bytes(10) > 0
 
 
+@pytest.mark.quick
 def test_same_key_same_samples():
     estimates = [
         monte_carlo.class_second_moment(
@@ -83,6 +84,7 @@ def test_same_key_same_samples():
     np.testing.assert_array_equal(*estimates)
 
 
+@pytest.mark.quick
 def test_degenerate_logits():
     for covariances in ((0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0)):
         mean, stderr = monte_carlo.class_second_moment(
@@ -98,6 +100,7 @@ def test_degenerate_logits():
     assert jax.tree.map(lambda x: x.dtype, single) == (jnp.float32, jnp.float32)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

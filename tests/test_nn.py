@@ -8,8 +8,6 @@ import pytest
 
 from taylor_softmax import nn
 
-pytestmark = pytest.mark.core
-
 Z = np.array([[-9.5, -1.25, 0.5, 3.0], [-30.0, 12.0, 11.0, -4.0], [-17.0, -16.5, -15.0, -20.0]])
 
 
@@ -28,6 +26,7 @@ def exact(z, order):
         return np.array([[float(mpmath.log(x / mpmath.fsum(row))) for x in row] for row in rows])
 
 
+@pytest.mark.quick(order=8)
 @pytest.mark.parametrize("order", [None, 2, 8, 32])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_definition(order, dtype):
@@ -43,12 +42,14 @@ def test_definition(order, dtype):
     assert np.max(np.abs(other / np.exp(want) - 1)) > 1e-4
 
 
+@pytest.mark.quick
 def test_softmax_is_that_of_jax():
     np.testing.assert_allclose(nn.taylor_softmax(Z), jax.nn.softmax(Z), rtol=1e-14)
     got = nn.log_taylor_softmax(Z, axis=0)
     np.testing.assert_allclose(got, jax.nn.log_softmax(Z, 0), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.quick(order=2)
 @pytest.mark.parametrize("order", [None, 2, 32])
 def test_excluded_entries_are_absent(order):
     where = np.array([True, False, True, True])
@@ -64,6 +65,7 @@ def test_excluded_entries_are_absent(order):
     assert not np.any(nn.taylor_softmax(Z, order, where=np.zeros(4, bool)))
 
 
+@pytest.mark.quick(order=32, size=1e30)
 @pytest.mark.parametrize("order", [None, 2, 32])
 @pytest.mark.parametrize("size", [1.0, 1e30])
 def test_gradients(order, size):
@@ -86,6 +88,7 @@ def test_gradients(order, size):
             )
 
 
+@pytest.mark.quick(dtype=jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_computed_in_single(dtype):
     z = jnp.asarray(Z, dtype)
@@ -95,6 +98,7 @@ def test_half_precision_is_computed_in_single(dtype):
         np.testing.assert_array_equal(got, function(z.astype(jnp.float32), 32).astype(dtype))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

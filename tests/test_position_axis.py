@@ -53,6 +53,7 @@ def batch_of(size, kinds=SHAPES, variance=1.0):
     return tuple(np.stack(covs) for covs in zip(*each, strict=True))
 
 
+@pytest.mark.quick(size=16)
 @pytest.mark.parametrize("size", [2, 16, 32])
 def test_order_2_sums(size):
     one, cross, two = batch_of(size)
@@ -67,6 +68,7 @@ def test_order_2_sums(size):
     np.testing.assert_allclose(np.sum(moment, 1), np.sum(of_two, 2), atol=1e-6)
 
 
+@pytest.mark.quick(size=16)
 @pytest.mark.parametrize("size", [2, 16, 32])
 def test_order_2_against_sampling(size):
     # Two equal positions alone have a constant output, with no standard error.
@@ -85,6 +87,7 @@ def test_order_2_against_sampling(size):
     assert np.all(largest_z(wrong) > LARGEST_Z)
 
 
+@pytest.mark.quick(size=2)
 @pytest.mark.parametrize(("size", "dtype"), [(2, jnp.float64), (10, jnp.float32)])
 def test_order_2_of_independent_positions_is_the_class_kernel(size, dtype):
     a, c, b = 2.0, 1.1, 0.7
@@ -95,6 +98,7 @@ def test_order_2_of_independent_positions_is_the_class_kernel(size, dtype):
     np.testing.assert_allclose(moment, expected, atol=1e-7 if dtype == jnp.float64 else 1e-5)
 
 
+@pytest.mark.quick(variance=1e4, dtype=jnp.float32)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("variance", [4.0, 100.0, 1e4])
 def test_order_2_of_proportional_positions_against_quadrature(variance, dtype):
@@ -127,7 +131,7 @@ def test_order_2_of_proportional_positions_against_quadrature(variance, dtype):
 # Other orders and softmax.
 
 
-@pytest.mark.core
+@pytest.mark.quick(order=None, variance=4.0)
 @pytest.mark.parametrize("order", [8, None])
 @pytest.mark.parametrize(("variance", "limit"), [(1.0, 2e-3), (4.0, 1e-2)])
 def test_other_orders_against_sampling(order, variance, limit):
@@ -162,6 +166,7 @@ def test_sums_to_one_and_is_the_same_every_time(order):
     np.testing.assert_allclose(np.sum(first), 1, atol=1e-6)
 
 
+@pytest.mark.quick(order=None)
 @pytest.mark.parametrize(
     ("order", "dtype"), [(2, jnp.float32), (8, jnp.float32), (None, jnp.float64)]
 )
@@ -202,7 +207,7 @@ def both_moments(of, order, dtype=jnp.float64):
     return [np.asarray(x[0]) for x in results]
 
 
-@pytest.mark.core
+@pytest.mark.quick(order=None, kind="common part")
 @pytest.mark.parametrize(
     ("order", "size", "variance", "kind"),
     [
@@ -255,6 +260,7 @@ def test_order_2_in_eigenbases_is_the_plain_recursion(kind):
     np.testing.assert_allclose(alone, want[0], atol=1e-12)
 
 
+@pytest.mark.quick(order=None)
 @pytest.mark.parametrize("order", [2, None])
 def test_derivatives_are_those_of_the_moment(order):
     # Positive definite, so that there is room for a step.
@@ -281,6 +287,7 @@ def test_derivatives_are_those_of_the_moment(order):
 # Rounding.
 
 
+@pytest.mark.quick
 def test_two_positions_that_hardly_differ():
     logits = np.array([10, 10.001])
     cov = np.outer(logits, logits)
@@ -368,6 +375,7 @@ def test_batches_and_transformations(order):
     np.testing.assert_allclose(jax.jit(jax.vmap(function))(*given), batch, atol=1e-12)
 
 
+@pytest.mark.quick
 def test_errors_name_the_argument():
     eye = np.eye(3)
     with pytest.raises(ValueError, match=r"`cov12` \(2, 2\)"):
@@ -416,6 +424,7 @@ def inputs(spatial, padding=None):
     return x[:2], x[2:]
 
 
+@pytest.mark.quick(order=None, end="flatten")
 @pytest.mark.parametrize(
     ("order", "end", "spatial", "masked"),
     [
@@ -459,7 +468,7 @@ def test_kernel_is_that_of_wide_networks(order, end, spatial, masked):
         assert not all(agrees(kernel_fn(*inputs(spatial, 0.0), ("nngp", "ntk"))))
 
 
-@pytest.mark.core
+@pytest.mark.quick(order=2)
 @pytest.mark.parametrize("order", [2, None])
 def test_masked_positions_are_absent(order):
     layer = stax.Softmax(axis=1) if order is None else stax.TaylorSoftmax(order, axis=1)
@@ -512,6 +521,7 @@ def test_full_batch_covariance_has_the_diagonal():
     np.testing.assert_allclose(full.cov1[[0, 1], [0, 1]], diagonal.cov1, atol=1e-12)
 
 
+@pytest.mark.quick
 def test_unsupported_axes_say_what_to_use():
     x = random.normal(random.key(0), (2, 3, 4))
     with pytest.raises(NotImplementedError, match="over the channel axis"):
@@ -539,6 +549,7 @@ def test_masked_positions_leave_the_sum_for_every_set_of_axes(shape, axis):
     np.testing.assert_allclose(np.take(outputs, range(4), along), expected, atol=1e-12)
 
 
+@pytest.mark.quick
 def test_fully_masked_rows_are_finite():
     x = jnp.full((2, 6, 3), 100.0).at[1, :3].set(0.5)
     net = stax.serial(stax.Conv(4, (1,)), stax.Softmax(axis=1, method=QuasiMonteCarlo(64)))

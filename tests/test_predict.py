@@ -10,8 +10,6 @@ from taylor_softmax import predict, stax
 
 import neural_tangents as nt  # isort: skip
 
-pytestmark = pytest.mark.core
-
 
 @pytest.fixture(scope="module")
 def ensemble():
@@ -22,6 +20,7 @@ def ensemble():
     return predict_fn, kernel_fn, x_train, y_train, x_test
 
 
+@pytest.mark.quick(get="nngp")
 @pytest.mark.parametrize(
     ("get", "t"), [("nngp", None), ("ntk", 3.0), ("ntk", np.array([0.0, 1.0, 100.0]))]
 )
@@ -56,6 +55,7 @@ def test_class_posterior_of_gp_inference_and_at_training_points(ensemble):
     np.testing.assert_allclose(posterior.probabilities, jax.nn.softmax(y_train), atol=1e-6)
 
 
+@pytest.mark.quick
 def test_class_posterior_of_classes_that_covary(ensemble):
     """Kernels with `trace_axes=()`: of classes with a covariance of their own, and of none."""
     predict_fn, kernel_fn, x_train, y_train, x_test = ensemble
@@ -85,6 +85,7 @@ def test_class_posterior_of_classes_that_covary(ensemble):
     np.testing.assert_allclose(certain, jax.nn.softmax(y_train), atol=1e-5)
 
 
+@pytest.mark.quick
 def test_class_posterior_says_what_to_pass(ensemble):
     predict_fn, *_, x_test = ensemble
     both = predict_fn(x_test=x_test, get=("nngp", "ntk"), compute_cov=True)

@@ -17,8 +17,6 @@ from taylor_softmax._probabilities.log_normalizer import log_normalizer
 from taylor_softmax._probabilities.moments import _mean as mean_by_rule
 from taylor_softmax._probabilities.moments import in_blocks, moments
 
-pytestmark = pytest.mark.core
-
 ORDERS = (None, 2, 4, 32)
 
 
@@ -40,6 +38,7 @@ VARIANCES = (0.01, 1.0, 2.5, 4.1, 10.0, 100.0)
 LIMITS = {jnp.float64: 1e-6, jnp.float32: 1e-5}
 
 
+@pytest.mark.quick(order=None, n_classes=10)
 @pytest.mark.parametrize(("order", "n_classes"), SETTINGS)
 def test_against_brute_force(order, n_classes):
     rng = np.random.default_rng(n_classes)
@@ -64,6 +63,7 @@ def test_against_brute_force(order, n_classes):
                 assert error < LIMITS[dtype], (variance, unequal)
 
 
+@pytest.mark.quick
 def test_a_wrong_variance_or_rule_is_noticed(monkeypatch):
     """Negative controls: the limits above do tell the right value from one beside it."""
     mean, variance = np.array([0.0, 1.0, -0.5]), np.array([4.0, 4.0, 4.0])
@@ -81,6 +81,7 @@ def test_a_wrong_variance_or_rule_is_noticed(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.quick(order=4)
 @pytest.mark.parametrize("order", [None, 2, 4])
 def test_brute_force_is_the_expectation_of_softmax(order):
     """The oracle against a grid in the logits that knows no Laplace transform."""
@@ -99,6 +100,7 @@ def test_brute_force_is_the_expectation_of_softmax(order):
     assert np.max(np.abs(oracle.moments(mean, variance * 1.0001, order)[0] - first)) > 1e-6
 
 
+@pytest.mark.quick(variances=(100.0, 0.5), means=(2.0, -1.0))
 @pytest.mark.parametrize("variances", [(0.01, 0.01), (1.0, 0.0), (3.0, 8.0), (100.0, 0.5)])
 @pytest.mark.parametrize("means", [(0.0, 0.0), (2.0, -1.0), (-4.0, 5.0)])
 def test_two_classes_are_a_sigmoid(means, variances):
@@ -125,6 +127,7 @@ def test_two_classes_are_a_sigmoid(means, variances):
     np.testing.assert_allclose(covariance, spread * np.array([[1, -1], [-1, 1]]), atol=1e-7)
 
 
+@pytest.mark.quick(order=4)
 @pytest.mark.parametrize("order", [None, 4])
 def test_against_sampling(order):
     rng = np.random.default_rng(3)
@@ -146,6 +149,7 @@ def test_against_sampling(order):
     assert np.max(np.abs(y.mean(0) - other) / stderr) > 4.5
 
 
+@pytest.mark.quick(variance=1e4)
 @pytest.mark.parametrize("variance", [0.1, 4.0, 30.0, 1e3, 1e4])
 def test_many_classes_and_large_variances(variance):
     """Two, 100 and 1,000 classes of two kinds, the other's variance the same or 1e4 times less."""
@@ -162,6 +166,7 @@ def test_many_classes_and_large_variances(variance):
             assert abs(float(single) - log_sum) < 1e-5 * max(1, abs(log_sum))
 
 
+@pytest.mark.quick(order=2, dtype=jnp.float32)
 @pytest.mark.parametrize("order", [None, 2, 8])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
 def test_small_variances_keep_their_digits(order, dtype):
@@ -178,6 +183,7 @@ def test_small_variances_keep_their_digits(order, dtype):
     assert np.max(np.abs(got - want)) > 1e3 * np.max(np.abs(want))
 
 
+@pytest.mark.quick
 def test_excluded_classes():
     """A logit of `-inf` is a class that is not there, in values and gradients."""
     mean, variance = np.array([0.3, 1.0, -np.inf]), np.array([1.0, 4.0, 2.0])
@@ -210,6 +216,7 @@ def test_excluded_classes():
 # Identities
 
 
+@pytest.mark.quick(variance=3.0)
 @pytest.mark.parametrize("variance", [0.0, 0.7, 3.0, 30.0])
 def test_derivatives_of_softmax(variance):
     """`dE[y] / d mean = diag(p) - E[y y^T]`, and `dE[y] / dv` is half of the second derivative."""
@@ -227,6 +234,7 @@ def test_derivatives_of_softmax(variance):
     assert np.max(np.abs(got[1])) > 1e-3
 
 
+@pytest.mark.quick
 def test_derivatives_of_the_log_normalizer():
     """`p` and `E[y (1 - y)] / 2`, and second derivatives, the covariance of labels."""
     mean, v = jnp.array([0.3, -1.0, 1.2]), jnp.array([0.7, 0.0, 5.0])
@@ -245,6 +253,7 @@ def test_derivatives_of_the_log_normalizer():
     assert float((either[0] - either[1]) / 2e-4) == pytest.approx(float(got[1][2]), abs=1e-7)
 
 
+@pytest.mark.quick(order=None, dtype=jnp.float32)
 @pytest.mark.parametrize(
     ("order", "dtype"),
     [(None, jnp.float64), (None, jnp.float32), (2, jnp.float32), (8, jnp.float64)],
@@ -320,6 +329,7 @@ MEANS = np.array(
 VARIANCE_ROWS = np.array([*([v] * 5 for v in (0, 1e-12, 1e-3, 1, 1e3)), [0, 1e3, 1, 1e-12, 50]])
 
 
+@pytest.mark.quick(order=None)
 @pytest.mark.parametrize(
     ("order", "dtype"),
     [(None, jnp.float32), (2, jnp.float32), (4, jnp.float64), (32, jnp.float32)],
@@ -350,6 +360,7 @@ def test_edges(order, dtype):
         assert np.max(np.abs(gradient)) > 1e-3
 
 
+@pytest.mark.quick(order=None)
 @pytest.mark.parametrize("order", [None, 2])
 def test_one_class(order):
     mean, variance = np.array([[1e3], [0.0], [-5.0]]), np.array([[0.0], [1e3], [1.0]])
@@ -414,6 +425,7 @@ def test_points_of_all_kinds_keep_their_places(order):
     np.testing.assert_allclose(in_blocks, np.broadcast_to(alone, in_blocks.shape), atol=2e-8)
 
 
+@pytest.mark.quick
 def test_transformations():
     rng = np.random.default_rng(8)
     mean, variance = jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.uniform(0, 9, (4, 1)))
@@ -443,6 +455,7 @@ def test_broadcasting():
     assert predict.class_probabilities([1, 2], 1).dtype == jnp.float64
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "order", "error", "message"),
     [

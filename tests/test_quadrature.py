@@ -13,8 +13,6 @@ from numpy.polynomial import chebyshev
 
 from taylor_softmax._numerics import quadrature
 
-pytestmark = pytest.mark.core
-
 EPS = float(np.finfo(float).eps)
 
 # Integrands on the half line with their exact integrals.
@@ -35,6 +33,7 @@ HALF_LINE: dict[str, tuple[Callable[..., Any], float]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", HALF_LINE)
 def test_half_line_rule(name):
     function, want = HALF_LINE[name]
@@ -76,6 +75,7 @@ def test_half_line_rule_resolves_both_ends():
     assert max(abs(np.exp(-a * node) @ weight * a - 1) for a in (0.25, 0.5, 1, 2, 4)) > 1e-7
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("perturb", ["node", "weight"])
 def test_a_perturbed_half_line_rule_is_noticed(perturb):
     """Negative control of the tests above."""
@@ -86,6 +86,7 @@ def test_a_perturbed_half_line_rule_is_noticed(perturb):
     assert max(errors) > 1000 * EPS
 
 
+@pytest.mark.quick(n_nodes=129)
 @pytest.mark.parametrize(("n_nodes", "reach"), [(64, 8.0), (128, 8.0), (129, 9.0), (65, 10.0)])
 @pytest.mark.parametrize("power", range(13))
 def test_moments_of_the_normal_rule(power, n_nodes, reach):
@@ -106,6 +107,7 @@ def test_moments_of_the_normal_rule(power, n_nodes, reach):
     assert abs(got - want) <= 2 * missing + 16 * EPS * max(size, 1)
 
 
+@pytest.mark.quick(sigma=3.0)
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("t", [1e-3, 0.1, 1.0, 10.0, 100.0])
 def test_normal_rule_on_the_integrand_of_softmax(t, sigma):
@@ -125,6 +127,7 @@ def test_normal_rule_on_the_integrand_of_softmax(t, sigma):
         assert errors[32] > 1e-8
 
 
+@pytest.mark.quick
 def test_a_perturbed_normal_rule_is_noticed():
     """Negative control: weights of a normal of another variance."""
     x, _ = quadrature.normal_rule(128, 8.0)
@@ -133,6 +136,7 @@ def test_a_perturbed_normal_rule_is_noticed():
     assert abs(x**2 @ wrong - 1) > 5e-7
 
 
+@pytest.mark.quick
 def test_exponential_rule():
     """Moments of `tau ~ Exp(1)` and of its logarithm: minus Euler's constant, pi^2 / 6."""
     log_tau, weight = quadrature.exponential_rule(18)
@@ -144,6 +148,7 @@ def test_exponential_rule():
     assert abs(weight @ coarse + np.euler_gamma) > 2e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("n_nodes", [1, 2, 5, 14, 20])
 def test_chebyshev_rule_reproduces_polynomials(n_nodes):
     node, matrix = quadrature.chebyshev_rule(n_nodes)
@@ -167,6 +172,7 @@ def test_chebyshev_rule_reproduces_polynomials(n_nodes):
     assert abs(np.cos(n_nodes * angle) - basis @ (matrix @ beyond)).max() > 0.5
 
 
+@pytest.mark.quick
 def test_chebyshev_rule_converges_on_a_smooth_function():
     for n_nodes, allowed in ((10, 1e-6), (20, 1e-13)):
         node, matrix = quadrature.chebyshev_rule(n_nodes)

@@ -18,8 +18,6 @@ import taylor_softmax
 from taylor_softmax import stax
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
-pytestmark = pytest.mark.core
-
 X1 = random.normal(random.key(1), (3, 5))
 X2 = random.normal(random.key(2), (2, 5))
 IMAGES1 = random.normal(random.key(3), (2, 4, 3, 2))
@@ -101,12 +99,14 @@ def z_scores(network, x1, x2, *, batches=12, n_samples=12):
 LARGEST_SCORE = 8.0
 
 
+@pytest.mark.quick(name="softmax")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_kernel_is_that_of_the_wide_finite_network(name):
     for get, scores in z_scores(*NETWORKS[name]).items():
         assert np.max(np.abs(scores)) < LARGEST_SCORE, (get, scores)
 
 
+@pytest.mark.quick
 def test_negative_control_another_layer_s_kernel_is_found():
     init_fn, apply_fn, _ = fully_connected(stax.TaylorSoftmax(2))
     *_, kernel_fn = fully_connected(stax.Softmax())
@@ -138,6 +138,7 @@ def test_class_kernel_is_the_mean_of_empirical_ones(layer):
     assert np.any(np.abs(off_diagonal) > 5 * samples[1].std(0)[..., 0, 1] / 20)
 
 
+@pytest.mark.quick
 def test_class_kernel_sums_and_traces():
     *_, kernel_fn = fully_connected(stax.TaylorSoftmax(4), logits=7)
     kernel = kernel_fn(X1, X2)
@@ -168,6 +169,7 @@ def test_class_kernel_sums_and_traces():
     assert np.mean(scores**2) < chi_square_limit(2 * 6)
 
 
+@pytest.mark.quick
 def test_one_class_is_constant():
     *_, kernel_fn = fully_connected(stax.Softmax(), logits=1)
     kernel = kernel_fn(X1, X2)
@@ -190,6 +192,7 @@ def infinite_width_entry(var1, cov12, var2):
     return jnp.exp(cov12)
 
 
+@pytest.mark.quick(entry_of=order_2_entry, diagonal_batch=True, diagonal_spatial=False)
 @pytest.mark.parametrize(
     ("layer", "entry_of"),
     [
@@ -236,6 +239,7 @@ def test_layouts_agree(layer, entry_of, diagonal_batch, diagonal_spatial):
     np.testing.assert_allclose(full.nngp[entry], expected, rtol=1e-7)
 
 
+@pytest.mark.quick
 def test_same_inputs_twice():
     *_, kernel_fn = fully_connected(stax.TaylorSoftmax(2))
     alone, twice = kernel_fn(X1, None), kernel_fn(X1, X1)
@@ -245,6 +249,7 @@ def test_same_inputs_twice():
     assert not alone.is_gaussian
 
 
+@pytest.mark.quick
 def test_batched_equals_whole():
     # Of small variances: beyond, parts may take other routes, which agree to what is promised.
     x1, x2 = 0.5 * random.normal(random.key(8), (2, 8, 5))
@@ -255,6 +260,7 @@ def test_batched_equals_whole():
     np.testing.assert_allclose(batched.ntk, whole.ntk, rtol=1e-10)
 
 
+@pytest.mark.quick
 def test_masks_pass_through():
     mask_constant = 100.0
     x = IMAGES1.at[0, :2].set(mask_constant)
@@ -278,6 +284,7 @@ def test_masks_pass_through():
 # JAX.
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("layer", [stax.TaylorSoftmax(2), stax.Softmax()])
 def test_hyperparameters_and_inputs_have_gradients(layer):
     def objective(w_std, b_std, x):
@@ -312,6 +319,7 @@ def test_sharded_inputs_give_a_sharded_kernel():
         np.testing.assert_allclose(result, getattr(whole, get), rtol=1e-10)
 
 
+@pytest.mark.quick
 def test_without_x64():
     """In a process of its own: the switch is global."""
     program = """
@@ -345,6 +353,7 @@ print(json.dumps(kernels))
 # Apply functions and errors.
 
 
+@pytest.mark.quick
 def test_apply_normalises_and_scales():
     z = random.normal(random.key(11), (2, 3, 4))
     for layer in (stax.TaylorSoftmax(4), stax.Softmax()):
@@ -359,6 +368,7 @@ def test_apply_normalises_and_scales():
     np.testing.assert_allclose(apply_fn((), z), f / f.sum(-1, keepdims=True), rtol=1e-14)
 
 
+@pytest.mark.quick
 def test_everything_of_neural_tangents_is_there_and_nothing_leaks():
     import neural_tangents.stax
 
@@ -374,6 +384,7 @@ def test_everything_of_neural_tangents_is_there_and_nothing_leaks():
         assert mine is other or mine.__wrapped__ is other, name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -398,6 +409,7 @@ def test_errors_of_construction(arguments, error, message):
         stax.TaylorSoftmax(**arguments)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("axis", "error"),
     [(0, ValueError), (-4, ValueError), (7, ValueError), ((1, 3), NotImplementedError)],
@@ -414,6 +426,7 @@ def test_errors_of_axes(axis, error):
             init_fn(random.key(0), IMAGES1.shape)
 
 
+@pytest.mark.quick
 def test_errors_of_kernels():
     *_, kernel_fn = stax.serial(stax.Dense(4), stax.Relu(), stax.TaylorSoftmax())
     with pytest.raises(ValueError, match="Gaussian"):

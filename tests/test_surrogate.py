@@ -72,6 +72,7 @@ def assert_within(got, want, allowed, scale=None) -> None:
 # Orders
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "order", [2, 4, 32, 100, np.int32(4), np.int64(6), np.uint8(8), np.array(4)]
 )
@@ -81,6 +82,7 @@ def test_parse_makes_a_plain_int(order):
     assert got == order
 
 
+@pytest.mark.quick
 def test_surrogates_are_values():
     """Equal and hashed as the functions that they stand for: static arguments of `jit`."""
     assert parse(None).order is None
@@ -89,6 +91,7 @@ def test_surrogates_are_values():
         parse(4).order = 6
 
 
+@pytest.mark.quick
 def test_what_a_surrogate_knows_of_itself():
     assert [parse(order).has_closed_form for order in (None, 2, 4)] == [False, True, False]
     assert [parse(order).is_shift_invariant for order in (None, 2, 4)] == [True, False, False]
@@ -98,6 +101,7 @@ def test_what_a_surrogate_knows_of_itself():
         assert (moved < 1e-15) == parse(order).is_shift_invariant
 
 
+@pytest.mark.quick
 def test_the_limit_over_a_finite_axis():
     assert parse(32).order == 32
     assert parse(34, finite=False).order == 34
@@ -105,6 +109,7 @@ def test_the_limit_over_a_finite_axis():
         parse(34)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("order", "kind", "said"),
     [
@@ -136,6 +141,7 @@ def test_parse_says_what_is_wrong(order, kind, said):
 # Softmax
 
 
+@pytest.mark.quick(order=16, dtype=np.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_softmax_is_its_definition(order, dtype):
@@ -146,6 +152,7 @@ def test_softmax_is_its_definition(order, dtype):
     assert_within(got, want, roundings(order) * np.finfo(dtype).eps)
 
 
+@pytest.mark.quick(order=8)
 @pytest.mark.parametrize("order", [2, 8, 32])
 def test_a_wrong_root_is_noticed(order, monkeypatch):
     """Negative control: one root of the product moved by 1e-12."""
@@ -167,6 +174,7 @@ def horner(z: np.ndarray, order: int) -> np.ndarray:
     return value
 
 
+@pytest.mark.quick
 def test_positive_in_float32_where_horner_is_not():
     z = np.linspace(-11, -10, 201).astype(np.float32)
     naive = horner(z, 32)
@@ -191,6 +199,7 @@ def test_horner_loses_digits_in_float32_at_order_16():
         assert_within(naive / naive.sum(), want, allowed)
 
 
+@pytest.mark.quick(order=32)
 @pytest.mark.parametrize("order", [2, 4, 6, 10, 16, 24, 32])
 def test_positive_in_float32_everywhere(order):
     """Also between the points of the tests above: f > 0 on the whole negative axis."""
@@ -208,6 +217,7 @@ HUGE = np.array(
 )
 
 
+@pytest.mark.quick(order=8, dtype=np.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_huge_logits(order, dtype):
@@ -227,6 +237,7 @@ def test_huge_logits(order, dtype):
         assert_within(row_jacobian, want, 2 * roundings(order) * eps, size)
 
 
+@pytest.mark.quick(order=4)
 @pytest.mark.parametrize("order", [4, 16])
 def test_without_the_scale_huge_logits_overflow(order):
     """Negative control of the test above."""
@@ -235,6 +246,7 @@ def test_without_the_scale_huge_logits_overflow(order):
     assert not np.isfinite(value / value.sum()).all()
 
 
+@pytest.mark.quick(order=4, axis=(0, 2))
 @pytest.mark.parametrize("order", [4, None])
 @pytest.mark.parametrize("axis", [0, -1, (0, 2), (-2, -1), (0, 1, 2)])
 def test_axes(axis, order):
@@ -248,6 +260,7 @@ def test_axes(axis, order):
     assert np.abs(got - other).max() > 1e-2  # the axis matters
 
 
+@pytest.mark.quick(order=2)
 @pytest.mark.parametrize("order", [2, 32, None])
 def test_one_class_and_batches(order):
     z = jnp.asarray([[-3.0], [0.0], [1e10]])
@@ -272,6 +285,7 @@ def exact_jacobian(z: np.ndarray, order: int | None) -> tuple[np.ndarray, np.nda
         return jacobian, y[:, None] * (identity + y) * size
 
 
+@pytest.mark.quick(order=8, dtype=np.float64)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradient_of_softmax(order, dtype):
@@ -297,6 +311,7 @@ def test_exact_jacobian_is_the_derivative():
             assert abs(numeric / want[i, j] - 1) < 1e-20
 
 
+@pytest.mark.quick
 def test_gradient_at_a_huge_logit():
     """The scale depends on the largest logit and must not show in the gradient."""
     z = np.array([300.0, -200.0, 10.0, 0.5])
@@ -333,7 +348,7 @@ X = np.array([-8.0, -4.5, -3.3, -2.0, -1.0, -0.4, 0.0, 0.1, 0.9, 2.2, 3.7, 5.0, 
 # The logarithm
 
 
-@pytest.mark.core
+@pytest.mark.quick(order=4)
 @pytest.mark.parametrize("order", ORDERS)
 def test_log_value_and_minimiser(order):
     z = np.concatenate([np.linspace(-60, 60, 41), [-0.1, 1e3]])
@@ -354,6 +369,7 @@ def test_log_value_and_minimiser(order):
 # The factors themselves
 
 
+@pytest.mark.quick(order=20)
 @pytest.mark.parametrize("order", [2, 4, 10, 20, 32, 40])
 def test_factors_multiply_to_the_taylor_polynomial(order):
     """Beyond the orders that the tests above run at, at points where f is far from exp too."""

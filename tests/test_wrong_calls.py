@@ -10,8 +10,6 @@ import taylor_softmax
 from taylor_softmax import losses, monte_carlo, nn, predict, stax
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
-pytestmark = pytest.mark.core
-
 Z = jnp.array([[0.3, 1.0, -0.4], [0.1, -2.0, 0.5]])
 COV = jnp.eye(3)
 NAN, INF = jnp.nan, jnp.inf
@@ -187,16 +185,19 @@ WRONG = [
 ]
 
 
+@pytest.mark.quick
 def test_there_are_a_hundred():
     assert len(WRONG) >= 100
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("call", "error", "message"), WRONG)
 def test_wrong_call(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("axis", [np.int64(-1), jnp.array(-1), np.array(1), (np.int32(1),), [1]])
 def test_integers_of_any_kind_are_axes(axis):
     for layer in (stax.Softmax(axis=axis), stax.TaylorSoftmax(axis=axis, batch_axis=np.int64(0))):
@@ -205,6 +206,7 @@ def test_integers_of_any_kind_are_axes(axis):
     np.testing.assert_allclose(nn.taylor_softmax(Z, axis=axis), jax.nn.softmax(Z), rtol=1e-12)
 
 
+@pytest.mark.quick(dtype=jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_computed_in_single(dtype):
     z = Z.astype(dtype)
@@ -226,6 +228,7 @@ def test_half_precision_is_computed_in_single(dtype):
         np.testing.assert_array_equal(got, function(single).astype(dtype))
 
 
+@pytest.mark.quick(dtype=jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_in_kernels_and_inference(dtype):
     x = jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)
@@ -254,6 +257,7 @@ def test_half_precision_in_kernels_and_inference(dtype):
     np.testing.assert_array_equal(got.probabilities, want.probabilities.astype(dtype))
 
 
+@pytest.mark.quick(dtype=jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_rounding_to_half_precision_is_no_wrong_call(dtype):
     """Of proportional logits, correlation 1, some covariances come out beyond `sqrt(a b)`."""
@@ -275,6 +279,7 @@ def test_integers_and_lists_are_taken():
     assert np.isfinite(loss([[0, 1, 2]], [[0, 1, 0]]))
 
 
+@pytest.mark.quick
 def test_traced_numbers_that_are_wrong_are_nan_alone():
     """Where there is nothing to raise an error: values, and gradients of the others."""
     mean = jnp.tile(Z[:1], (6, 1)).at[4, 0].set(NAN).at[5, 0].set(INF)
