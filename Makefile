@@ -6,6 +6,7 @@ JAX := 0.4.38
 OLDEST := .venv-jax-$(JAX)
 DOCS := .venv-docs
 BIN := $(VENV)/bin
+EXECUTE := true
 
 .PHONY: setup demo transformer test test-all test-slow test-oldest test-install check format derivations docs \
 	benchmark accuracy large-kernel build clean
@@ -50,9 +51,11 @@ format: setup
 derivations: setup
 	$(BIN)/python -m derivations
 
-# The site in site/, strict, with its notebooks executed.
+# The site in site/, strict, with its notebooks executed: minutes. `make docs EXECUTE=false` shows a
+# page that is being written within seconds, without what notebooks print and draw.
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+	NO_MKDOCS_2_WARNING=1 EXECUTE=$(EXECUTE) $(DOCS)/bin/mkdocs build \
+		$(if $(filter false,$(EXECUTE)),--no-strict)
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.speed

@@ -1,0 +1,39 @@
+"""Formulas become MathML, which browsers show by themselves; a broken one stops the build."""
+
+import html
+import re
+from typing import Any
+
+import latex2mathml.converter
+
+# What pymdownx.arithmatex leaves of `$...$` and `$$...$$`.
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+# The converter passes on what it does not know: `&` of an unknown environment, unknown commands.
+UNCONVERTED = re.compile(r"<m[inos]\b[^>]*>(?:&(?:amp;)?|[^<]*\\[^<]*)</m[inos]>")
+# Pygments' class of what is not in the language of a block of code.
+NOT_CODE = re.compile(r'<span class="err">.*?</span>')
+
+
+def mathml(formula: str, *, display: bool = False) -> str:
+    """`formula`, in LaTeX, as MathML."""
+    mode = "block" if display else "inline"
+    return latex2mathml.converter.convert(formula.strip(), display=mode)
+
+
+def mistakes(page: str) -> list[str]:
+    """The pieces of a page's HTML that a converter or a highlighter did not understand."""
+    return [match[0] for pattern in (UNCONVERTED, NOT_CODE) for match in pattern.finditer(page)]
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """The page with its formulas as MathML.
+
+    Raises:
+      ValueError: a formula or a block of code came out broken.
+    """
+    content = FORMULA.sub(
+        lambda match: mathml(html.unescape(match[3]), display=match[2] == "["), content
+    )
+    if found := mistakes(content):
+        raise ValueError(f"{page.file.src_uri} has what was not understood: {found}")
+    return content
