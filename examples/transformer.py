@@ -1,9 +1,10 @@
-"""Infinite transformers on handwritten digits: attention at 1/sqrt(d) beside what is known.
+"""Infinite transformers on handwritten digits, beside what is known.
 
-Digits are 8 tokens, the rows of 8 pixels. Classifies with the kernels of a transformer whose
-attention scales logits by 1/sqrt(d), of one that scales them by 1/d (with tied weights: the one
-that neural_tangents has a kernel of), and of a fully connected network; then holds an entry of the
-first kernel against finite networks of growing width. `python examples/transformer.py` draws a
+Digits are 8 tokens, the rows of 8 pixels. Classifies with the kernels of a
+transformer whose attention scales logits by 1/sqrt(d), of one that scales them
+by 1/d (with tied weights: the one that neural_tangents has a kernel of), and of
+a fully connected network; then holds an entry of the first kernel against
+finite networks of growing width. `python examples/transformer.py` draws a
 figure beside this file.
 """
 
@@ -37,7 +38,9 @@ warnings.filterwarnings("ignore", message="Linear scaling attention")
 
 def residual(*layers: Any) -> Any:
     body = stax.serial(stax.LayerNorm(), *layers)
-    return stax.serial(stax.FanOut(2), stax.parallel(stax.Identity(), body), stax.FanInSum())
+    return stax.serial(
+        stax.FanOut(2), stax.parallel(stax.Identity(), body), stax.FanInSum()
+    )
 
 
 def body(width: int = 8, *, linear_scaling: bool = False) -> Any:
@@ -73,10 +76,14 @@ def fully_connected() -> Any:
 def load() -> tuple[Array, np.ndarray, Array, np.ndarray]:
     """Training images `(n, 8, 8)` and labels, then those of the test."""
     images, labels = load_digits(return_X_y=True)
-    chosen = np.random.default_rng(0).permutation(len(labels))[: N_TRAIN + N_TEST]
+    chosen = np.random.default_rng(0).permutation(len(labels))[
+        : N_TRAIN + N_TEST
+    ]
     images, labels = images[chosen], labels[chosen]
     images = images - images[:N_TRAIN].mean(0)
-    x = jnp.asarray(images / images[:N_TRAIN].std(), jnp.float32).reshape(-1, 8, 8)
+    x = jnp.asarray(images / images[:N_TRAIN].std(), jnp.float32).reshape(
+        -1, 8, 8
+    )
     return x[:N_TRAIN], labels[:N_TRAIN], x[N_TRAIN:], labels[N_TRAIN:]
 
 
@@ -88,7 +95,9 @@ def accuracy(kernel_fn: Any) -> dict[str, float]:
     of_train = kernel_fn(x_train, None, ("nngp", "ntk"))
     of_test = compute(x_test, x_train)
     results = {}
-    for name, train, test in zip(("NNGP", "NTK"), of_train, of_test, strict=True):
+    for name, train, test in zip(
+        ("NNGP", "NTK"), of_train, of_test, strict=True
+    ):
         # Above the error of the estimates.
         ridge = 1e-3 * jnp.trace(train) / N_TRAIN * jnp.eye(N_TRAIN)
         outputs = test @ jnp.linalg.solve(train + ridge, targets)
@@ -97,19 +106,27 @@ def accuracy(kernel_fn: Any) -> dict[str, float]:
 
 
 def finite_networks(x1: Array, x2: Array) -> dict[int, tuple[float, float]]:
-    """The NNGP of two inputs by networks of each width, with standard errors."""
+    """The NNGP of two inputs for each width, with standard errors."""
     results = {}
     for width in WIDTHS:
-        # Over the last layer's weights the mean is exact: the product of what goes into it.
+        # Over the last layer's weights the mean is exact: the product of what
+        # goes into it.
         init_fn, apply_fn, _ = body(width)
 
-        def one(key: Array, init_fn: Any = init_fn, apply_fn: Any = apply_fn) -> Array:
+        def one(
+            key: Array, init_fn: Any = init_fn, apply_fn: Any = apply_fn
+        ) -> Array:
             _, params = init_fn(key, x1.shape)
             return jnp.mean(apply_fn(params, x1) * apply_fn(params, x2))
 
         keys = random.split(random.key(width), N_NETWORKS)
-        samples = np.asarray(jax.jit(lambda keys, one=one: jax.lax.map(one, keys))(keys))
-        results[width] = float(samples.mean()), float(samples.std() / np.sqrt(N_NETWORKS))
+        samples = np.asarray(
+            jax.jit(lambda keys, one=one: jax.lax.map(one, keys))(keys)
+        )
+        results[width] = (
+            float(samples.mean()),
+            float(samples.std() / np.sqrt(N_NETWORKS)),
+        )
     return results
 
 
@@ -119,17 +136,24 @@ def main() -> None:
         "transformer, 1/d": transformer(linear_scaling=True),
         "fully connected": fully_connected(),
     }
-    print(f"Test accuracy, {N_TRAIN} training digits of 8 tokens, {DEPTH} blocks:")
+    print(
+        f"Test accuracy, {N_TRAIN} training digits of 8 tokens, {DEPTH} blocks:"
+    )
     scores = {}
     for name, (_, _, kernel_fn) in networks.items():
         scores[name] = accuracy(kernel_fn)
-        listed = ", ".join(f"{kind} {score:.3f}" for kind, score in scores[name].items())
+        listed = ", ".join(
+            f"{kind} {score:.3f}" for kind, score in scores[name].items()
+        )
         print(f"  {name}: {listed}", flush=True)
 
     x, *_ = load()
     pair = x[:1], x[1:2]
     exact = float(networks["transformer, 1/sqrt(d)"][2](*pair, "nngp")[0, 0])
-    print(f"NNGP of two digits: {exact:.4f}; of {N_NETWORKS} networks of each width:")
+    print(
+        f"NNGP of two digits: {exact:.4f}; "
+        f"of {N_NETWORKS} networks of each width:"
+    )
     estimates = finite_networks(*pair)
     for width, (mean, stderr) in estimates.items():
         print(f"  {width:4d} channels: {mean:.4f} +- {stderr:.4f}", flush=True)
@@ -137,19 +161,36 @@ def main() -> None:
 
 
 def draw(
-    scores: dict[str, dict[str, float]], estimates: dict[int, tuple[float, float]], exact: float
+    scores: dict[str, dict[str, float]],
+    estimates: dict[int, tuple[float, float]],
+    exact: float,
 ) -> Path:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 4), layout="constrained"
+    )
     for offset, kind in ((-0.2, "NNGP"), (0.2, "NTK")):
         heights = [score[kind] for score in scores.values()]
         left.bar(np.arange(len(scores)) + offset, heights, 0.4, label=kind)
-    left.set_xticks(range(len(scores)), [name.replace(", ", ",\n") for name in scores])
+    left.set_xticks(
+        range(len(scores)), [name.replace(", ", ",\n") for name in scores]
+    )
     left.set(ylabel="test accuracy", ylim=(0.5, 1))
     left.legend(loc="lower right")
     means, errors = zip(*estimates.values(), strict=True)
-    right.errorbar(list(estimates), means, errors, fmt="o", capsize=3, label="finite networks")
+    right.errorbar(
+        list(estimates),
+        means,
+        errors,
+        fmt="o",
+        capsize=3,
+        label="finite networks",
+    )
     right.axhline(exact, color="black", label="infinite width")
-    right.set(xscale="log", xlabel="channels, heads and keys", ylabel="NNGP of two digits")
+    right.set(
+        xscale="log",
+        xlabel="channels, heads and keys",
+        ylabel="NNGP of two digits",
+    )
     right.set_xticks(list(estimates), [str(width) for width in estimates])
     right.legend()
     path = Path(__file__).with_suffix(".png")

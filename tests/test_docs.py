@@ -3,17 +3,28 @@
 import importlib
 import pathlib
 import re
+import runpy
 import sys
+import types
 
 import mktestdocs
 import numpy as np
+import pygments.lexers
 import pytest
+from pygments.token import Token
 
 from benchmarks import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+# As mkdocs loads it: by its path.
+formulas = types.SimpleNamespace(**runpy.run_path(str(DOCS / "hooks" / "formulas.py")))
+SCRIPTS = [*sorted((DOCS / "notebooks").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
+# Columns of a line of code that the site and GitHub show without a scroll bar.
+COLUMNS = 80
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
 PUBLIC = ["taylor_softmax"] + [
     f"taylor_softmax.{path.stem}"
     for path in sorted((ROOT / "taylor_softmax").glob("*.py"))
@@ -47,6 +58,63 @@ def test_a_block_that_fails_is_noticed(tmp_path):
     page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError):
         mktestdocs.check_md_file(page, memory=True)
+
+
+def prose(page):
+    """A page, or the Markdown of a notebook, without its code."""
+    text = page.read_text()
+    if page.suffix == ".py":
+        cells = text.split("# %%")
+        text = "".join(cell.replace("\n# ", "\n") for cell in cells if "[markdown]" in cell)
+    return re.sub(r"`[^`]*`", "", FENCED.sub("", text))
+
+
+@pytest.mark.quick
+def test_formulas_come_out_whole():
+    """No token of their MathML is `&` or an unknown command, which the converter passes on."""
+    pages = {page: FORMULA.findall(prose(page)) for page in [*PAGES, *SCRIPTS]}
+    assert sum(map(len, pages.values())) > 50
+    for page, found in pages.items():
+        for display, inline in found:
+            converted = formulas.mathml(display or inline, display=bool(display))
+            assert not formulas.mistakes(converted), (page.name, display or inline)
+
+
+@pytest.mark.quick
+def test_what_comes_out_broken_is_noticed():
+    """Negative control: an environment and a command that the converter does not know."""
+    for broken in (r"\begin{aligned} a &= b \end{aligned}", r"\unheardof{x}"):
+        assert formulas.mistakes(formulas.mathml(broken)), broken
+    assert formulas.mistakes('<code><span class="err">$</span></code>')
+    assert not formulas.mistakes(formulas.mathml(r"\begin{split} a &= \frac{b}{2} \end{split}"))
+
+
+@pytest.mark.quick
+def test_code_fits_its_column():
+    for page in PAGES:
+        text = page.read_text()
+        code = [line for _, _, block in FENCED.findall(text) for line in block.splitlines()]
+        # Markdown takes what is indented by four for code as well.
+        code += re.findall(r"^    (.*)$", FENCED.sub("", text), re.MULTILINE)
+        too_long = [line for line in code if len(line) > COLUMNS]
+        assert not too_long, (page.name, too_long)
+    for script in SCRIPTS:
+        too_long = [line for line in script.read_text().splitlines() if len(line) > COLUMNS]
+        assert not too_long, (script.name, too_long)
+
+
+@pytest.mark.quick
+def test_code_is_in_its_language():
+    """Nothing in a block is what its highlighter marks as an error."""
+    languages = set()
+    for page in PAGES:
+        for _, language, block in FENCED.findall(page.read_text()):
+            assert language, (page.name, block)
+            languages.add(language)
+            lexer = pygments.lexers.get_lexer_by_name(language)
+            tokens = [value for kind, value in lexer.get_tokens(block) if kind in Token.Error]
+            assert not tokens, (page.name, tokens)
+    assert {"python", "bash"} <= languages
 
 
 @pytest.mark.quick

@@ -116,10 +116,14 @@ inputs.
 
 ## Reproduce
 
-    make accuracy                                    # the whole grid, on JAX's default device
-    make accuracy ACCURACY="--quick"                 # one minute, saved in build/
-    python -m benchmarks.accuracy --device gpu       # 10^8 samples a setting, on all GPUs
-    python -m benchmarks.accuracy --perturb classes  # negative control: exits 1
+    # The whole grid, on JAX's default device.
+    make accuracy
+    # One minute, saved in build/.
+    make accuracy ACCURACY="--quick"
+    # 10^8 samples a setting, on all GPUs.
+    python -m benchmarks.accuracy --device gpu
+    # Negative control: exits 1.
+    python -m benchmarks.accuracy --perturb classes
 
 A run that was interrupted goes on where it stopped, as long as code, versions, device, seed and
 number of samples are the same. The result file has every number, with all of these."""

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A softmax at the end of an infinite network
 #
-# The kernels of an infinitely wide network that ends in softmax, beside what finite networks of
-# that architecture average to. Inputs lie on a half circle, so that a kernel is a function of
-# one angle.
+# The kernels of an infinitely wide network that ends in softmax, beside what
+# finite networks of that architecture average to. Inputs lie on a half circle,
+# so that a kernel is a function of one angle.
 
 # %%
 import jax
@@ -35,9 +35,10 @@ def body(width):
 # %% [markdown]
 # ## The kernel
 #
-# `stax.Softmax()` is a layer like any other. `kernel.nngp` is the second moment $E[y_i(x_1)\,
-# y_i(x_2)]$ of one class's output over initialisations, `kernel.ntk` that of its gradients.
-# Neither depends on the class, since classes are exchangeable.
+# `stax.Softmax()` is a layer like any other. `kernel.nngp` is the second moment
+# $E[y_i(x_1)\, y_i(x_2)]$ of one class's output over initialisations,
+# `kernel.ntk` that of its gradients. Neither depends on the class, since
+# classes are exchangeable.
 
 # %%
 layers = {
@@ -54,13 +55,15 @@ print(f"variance of the logits: {float(logits.cov2[0]):.2f}")
 print("nngp:", np.round(np.asarray(kernels["Softmax"].nngp[0, ::3]), 5))
 
 # %% [markdown]
-# Independent classes would have $1/n^2 = 0.01$ at a right angle or wherever logits are
-# uncorrelated; all that a network says of its inputs is what exceeds that.
+# Independent classes would have $1/n^2 = 0.01$ at a right angle or wherever
+# logits are uncorrelated; all that a network says of its inputs is what exceeds
+# that.
 #
 # ## Finite networks
 #
-# 400 networks of width 256. Outputs and gradients are averaged over classes, which
-# `trace_axes=(-1,)` does for the NTK; means over networks come with standard errors.
+# 400 networks of width 256. Outputs and gradients are averaged over classes,
+# which `trace_axes=(-1,)` does for the NTK; means over networks come with
+# standard errors.
 
 # %%
 WIDTH, N_NETWORKS = 256, 400
@@ -75,9 +78,12 @@ def sample(layer, key):
         outputs = apply_fn(params, x)
         return outputs @ outputs[0] / N_CLASSES, ntk_fn(x0, x, params)[0]
 
-    samples = jax.jit(lambda keys: jax.lax.map(one, keys))(random.split(key, N_NETWORKS))
+    samples = jax.jit(lambda keys: jax.lax.map(one, keys))(
+        random.split(key, N_NETWORKS)
+    )
     return [
-        (np.mean(s, 0), np.std(s, 0, ddof=1) / N_NETWORKS**0.5) for s in map(np.asarray, samples)
+        (np.mean(s, 0), np.std(s, 0, ddof=1) / N_NETWORKS**0.5)
+        for s in map(np.asarray, samples)
     ]
 
 
@@ -91,20 +97,26 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 for panel, (kind, title) in enumerate((("nngp", "NNGP"), ("ntk", "NTK"))):
     for i, (name, kernel) in enumerate(kernels.items()):
         style = "-" if name in sampled else "--"
-        axes[panel].plot(angles, getattr(kernel, kind)[0], style, color=f"C{i}", label=name)
+        axes[panel].plot(
+            angles, getattr(kernel, kind)[0], style, color=f"C{i}", label=name
+        )
         if name in sampled:
             mean, error = sampled[name][panel]
-            axes[panel].errorbar(angles, mean, 2 * error, fmt="o", ms=4, capsize=2, color=f"C{i}")
+            axes[panel].errorbar(
+                angles, mean, 2 * error, fmt="o", ms=4, capsize=2, color=f"C{i}"
+            )
     axes[panel].set(title=title, xlabel="angle between the inputs")
 axes[0].set(ylabel="one class with itself")
 axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# Lines are infinitely wide, points finite networks with two standard errors. Order 2 is another
-# layer than softmax at this variance; order 8 is hard to tell from it.
+# Lines are infinitely wide, points finite networks with two standard errors.
+# Order 2 is another layer than softmax at this variance; order 8 is hard to
+# tell from it.
 #
-# As numbers, in standard errors. At width 256 a deviation of the order of $1/256$ is left.
+# As numbers, in standard errors. At width 256 a deviation of the order of
+# $1/256$ is left.
 
 # %%
 for name, estimates in sampled.items():
@@ -112,19 +124,24 @@ for name, estimates in sampled.items():
         exact = np.asarray(getattr(kernels[name], kind)[0])
         deviation = np.abs(mean - exact) / exact.max()
         scores = np.abs(mean - exact) / error
-        print(f"{name:>16} {kind:>4}: {deviation.max():.4f} of the largest, {scores.max():.1f} z")
+        print(
+            f"{name:>16} {kind:>4}: {deviation.max():.4f} of the largest, "
+            f"{scores.max():.1f} z"
+        )
         assert np.all(np.abs(mean - exact) < 5 * error + exact.max() / WIDTH)
 
 # %% [markdown]
 # ## All pairs of classes
 #
-# Rows of outputs sum to 1, so that classes covary. `class_kernel` gives every pair, of shape
-# `(inputs, inputs, classes, classes)`: what `nt.empirical_ntk_fn(apply_fn, trace_axes=())`
-# averages to.
+# Rows of outputs sum to 1, so that classes covary. `class_kernel` gives every
+# pair, of shape `(inputs, inputs, classes, classes)`: what
+# `nt.empirical_ntk_fn(apply_fn, trace_axes=())` averages to.
 
 # %%
 classes = taylor_softmax.class_kernel(kernels["Softmax"])
 print(classes.nngp.shape)
-print("same class, another:", classes.nngp[0, 3, 0, 0], classes.nngp[0, 3, 0, 1])
+print(
+    "same class, another:", classes.nngp[0, 3, 0, 0], classes.nngp[0, 3, 0, 1]
+)
 np.testing.assert_allclose(classes.nngp.sum((-1, -2)), 1.0, rtol=1e-4)
 np.testing.assert_allclose(classes.ntk.sum(-1), 0.0, atol=1e-4)

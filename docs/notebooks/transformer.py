@@ -1,9 +1,9 @@
 # %% [markdown]
 # # An infinite transformer
 #
-# Softmax attention at $1/\sqrt d$ has a kernel in the limit of infinitely many heads, keys and
-# channels. Here it stands in a transformer on handwritten digits, each of them 8 tokens: the
-# rows of its image.
+# Softmax attention at $1/\sqrt d$ has a kernel in the limit of infinitely many
+# heads, keys and channels. Here it stands in a transformer on handwritten
+# digits, each of them 8 tokens: the rows of its image.
 
 # %%
 import time
@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 
 from taylor_softmax import stax
 
-# neural_tangents can't check that the branches of a residual network are independent.
+# neural_tangents can't check that the branches of a residual network are
+# independent.
 warnings.filterwarnings("ignore", message="`FanIn` layers assume")
 
 N_TRAIN, N_TEST, N_CLASSES = 60, 100, 10
@@ -32,15 +33,18 @@ x_train, x_test = x[:N_TRAIN], x[N_TRAIN:]
 # %% [markdown]
 # ## The network
 #
-# Blocks of attention and of a dense network, each behind a layer normalisation and beside a
-# skip connection; then the mean over tokens. `linear_scaling=False` is what makes it attention
-# at $1/\sqrt d$, with query and key weights of their own.
+# Blocks of attention and of a dense network, each behind a layer normalisation
+# and beside a skip connection; then the mean over tokens.
+# `linear_scaling=False` is what makes it attention at $1/\sqrt d$, with query
+# and key weights of their own.
 
 
 # %%
 def residual(*layers):
     body = stax.serial(stax.LayerNorm(), *layers)
-    return stax.serial(stax.FanOut(2), stax.parallel(stax.Identity(), body), stax.FanInSum())
+    return stax.serial(
+        stax.FanOut(2), stax.parallel(stax.Identity(), body), stax.FanInSum()
+    )
 
 
 def transformer(width=8, depth=1, **options):
@@ -65,8 +69,9 @@ def transformer(width=8, depth=1, **options):
 # %% [markdown]
 # ## Classification
 #
-# The mean of the Gaussian process with each kernel, trained on 60 images: a check that the
-# kernel is of use, not a contest, which the dense network would win.
+# The mean of the Gaussian process with each kernel, trained on 60 images: a
+# check that the kernel is of use, not a contest, which the dense network would
+# win.
 
 
 # %%
@@ -81,7 +86,10 @@ def accuracy(kernel_fn, kind):
 
 
 dense = stax.serial(
-    stax.Flatten(), stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu(), stax.Dense(1)
+    stax.Flatten(),
+    stax.Dense(1, W_std=2**0.5, b_std=0.1),
+    stax.Relu(),
+    stax.Dense(1),
 )
 networks = {
     "fully connected": dense[2],
@@ -91,13 +99,16 @@ for name, kernel_fn in networks.items():
     start = time.perf_counter()
     share = accuracy(kernel_fn, "nngp")
     error = np.sqrt(share * (1 - share) / N_TEST)
-    print(f"{name:>20}: {share:.2f} +- {error:.2f}, {time.perf_counter() - start:.0f} s")
+    print(
+        f"{name:>20}: {share:.2f} +- {error:.2f}, "
+        f"{time.perf_counter() - start:.0f} s"
+    )
 
 # %% [markdown]
 # ## Beside finite transformers
 #
-# The NNGP of two digits, and the mean over 300 networks of each width. Channels, heads and keys
-# grow together.
+# The NNGP of two digits, and the mean over 300 networks of each width.
+# Channels, heads and keys grow together.
 
 # %%
 N_NETWORKS, WIDTHS = 300, (8, 16, 32, 64)
@@ -112,25 +123,39 @@ for width in WIDTHS:
         return jnp.mean(apply_fn(params, pair[0]) * apply_fn(params, pair[1]))
 
     keys = random.split(random.key(width), N_NETWORKS)
-    samples = np.asarray(jax.jit(lambda keys, one=one: jax.lax.map(one, keys))(keys))
+    samples = np.asarray(
+        jax.jit(lambda keys, one=one: jax.lax.map(one, keys))(keys)
+    )
     estimates[width] = samples.mean(), samples.std(ddof=1) / N_NETWORKS**0.5
-    print(f"width {width:3}: {estimates[width][0]:.4f} +- {estimates[width][1]:.4f}")
+    mean, error = estimates[width]
+    print(f"width {width:3}: {mean:.4f} +- {error:.4f}")
 print(f"   infinite: {exact:.4f}")
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
 means, errors = zip(*estimates.values(), strict=True)
-axis.errorbar(WIDTHS, means, 2 * np.array(errors), fmt="o", capsize=3, label="finite networks")
+axis.errorbar(
+    WIDTHS,
+    means,
+    2 * np.array(errors),
+    fmt="o",
+    capsize=3,
+    label="finite networks",
+)
 axis.axhline(exact, color="black", label="infinite width")
-axis.set(xscale="log", xlabel="channels, keys, four times the heads", ylabel="NNGP of two digits")
+axis.set(
+    xscale="log",
+    xlabel="channels, keys, four times the heads",
+    ylabel="NNGP of two digits",
+)
 axis.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
 axis.minorticks_off()
 axis.legend()
 plt.show()
 
 # %% [markdown]
-# Error bars are two standard errors. Narrow networks deviate by about $1/\text{width}$; the
-# widest has to agree.
+# Error bars are two standard errors. Narrow networks deviate by about
+# $1/\text{width}$; the widest has to agree.
 
 # %%
 mean, error = estimates[WIDTHS[-1]]
@@ -139,9 +164,9 @@ assert abs(mean - exact) < 5 * error + exact / WIDTHS[-1]
 # %% [markdown]
 # ## Causal attention
 #
-# With `causal=True` a token sees itself and those before it. What comes later then does not
-# matter: another image from its fifth row on leaves the kernel of the first four as it was, up
-# to rounding.
+# With `causal=True` a token sees itself and those before it. What comes later
+# then does not matter: another image from its fifth row on leaves the kernel of
+# the first four as it was, up to rounding.
 
 
 # %%
@@ -155,7 +180,12 @@ def of_tokens(causal):
 another = pair[0].at[:, 4:].set(pair[1][:, 4:])
 for causal in (False, True):
     kernel_fn = of_tokens(causal)
-    before, after = (kernel_fn(x, None, "nngp")[0, 0, :4, :4] for x in (pair[0], another))
+    before, after = (
+        kernel_fn(x, None, "nngp")[0, 0, :4, :4] for x in (pair[0], another)
+    )
     change = float(jnp.max(jnp.abs(after - before)) / jnp.max(before))
-    print(f"causal={causal}: the kernel of the first four tokens changes by {change:.1e}")
+    print(
+        f"causal={causal}: the kernel of the first four tokens "
+        f"changes by {change:.1e}"
+    )
 assert change < 1e-3
