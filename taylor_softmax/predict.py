@@ -199,7 +199,7 @@ def class_posterior(gaussian: Any, *, order: Validated[int | None] = None) -> Cl
     elif mean.ndim >= 2 and covariance.shape == (*points, *mean.shape[-1:] * 2):
         covariance = jnp.moveaxis(jnp.diagonal(covariance, axis1=-4, axis2=-3), -1, -3)
         of = rows.with_covariance(mean, covariance, difference=True)
-        moments = _correlated(of, parse(order), _POINTS, second=True)
+        moments = _correlated(of, parse(order), QuasiMonteCarlo(_POINTS), second=True)
     else:
         raise ValueError(
             "`gaussian` must have a mean of shape (..., N, C) and a covariance of shape "
@@ -230,15 +230,23 @@ def _moments(
     else:
         points = choose(method, QuasiMonteCarlo(_POINTS), axis="logits with a `covariance`")
         assert isinstance(points, QuasiMonteCarlo)
+        if points.error is not None:
+            raise ValueError(
+                f"`method={points}` with an `error` applies to positions and attention. Pass "
+                "`n_points` and `seed` alone."
+            )
         of = rows.with_covariance(mean, covariance)
-        return _correlated(of, surrogate, points.n_points, second=second)
+        return _correlated(of, surrogate, points, second=second)
     return jax.tree.map(lambda x: rows.restore(x, of), moments)
 
 
 def _correlated(
-    of: rows.Rows, surrogate: Surrogate, n_points: int, *, second: bool
+    of: rows.Rows, surrogate: Surrogate, points: QuasiMonteCarlo, *, second: bool
 ) -> class_moments.Moments:
-    moments = correlated.moments(of.mean, of.spread, surrogate, second, n_points)
+    assert points.n_points is not None
+    moments = correlated.moments(
+        of.mean, of.spread, surrogate, second, points.n_points, points.seed
+    )
     return jax.tree.map(lambda x: rows.restore(x, of), moments)
 
 

@@ -386,6 +386,15 @@ def test_errors_name_the_argument():
         taylor_softmax.joint_second_moment(eye, eye, eye, method=Direct())
     with pytest.raises(TypeError, match="`n_points` must be an integer"):
         stax.Softmax(axis=1, method=QuasiMonteCarlo(1.5))
+    for given, error, message in (
+        ({"seed": -1}, ValueError, "`seed` must be at least 0"),
+        ({"seed": 0.5}, TypeError, "`seed` must be an integer"),
+        ({"error": 0.0}, ValueError, "`error` must be positive"),
+        ({"error": np.nan}, ValueError, "`error` must be positive and finite"),
+        ({"error": "little"}, TypeError, "`error` must be a positive number"),
+    ):
+        with pytest.raises(error, match=message):
+            QuasiMonteCarlo(64, **given)
     with pytest.raises(ValueError, match="`order` must be even"):
         taylor_softmax.joint_second_moment(eye, eye, eye, order=3)
 
@@ -511,6 +520,78 @@ def test_axes_of_images():
     np.testing.assert_allclose(np.sum(rows, (-1, -2)), 1, atol=1e-6)
     turned = kernel(1, jnp.swapaxes(x, 1, 2))
     np.testing.assert_allclose(rows, turned.transpose(0, 1, 4, 5, 2, 3), atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, None])
+def test_inputs_of_different_lengths(order):
+    """`x2` may be shorter: the kernel is that of `x2` padded to the same length."""
+    method = None if order == 2 else QuasiMonteCarlo(1 << 12)
+    layer = stax.TaylorSoftmax(order, axis=1, method=method)
+    kernel_fn = stax.serial(stax.Conv(8, (1,), b_std=0.5), layer)[2]
+    x1 = np.array(random.normal(random.key(0), (2, 5, 3)))
+    x2 = np.array(random.normal(random.key(1), (3, 3, 3)))
+    padded = np.concatenate([x2, np.full((3, 2, 3), 100.0)], 1)
+    kernel = kernel_fn(x1, x2, ("nngp", "ntk", "cov2"))
+    long = kernel_fn(x1, padded, ("nngp", "ntk", "cov2"), mask_constant=100.0)
+    tolerance = 1e-10 if order == 2 else 3e-3
+    assert kernel.nngp.shape == (2, 3, 5, 3)
+    np.testing.assert_allclose(kernel.nngp, long.nngp[..., :3], atol=tolerance)
+    np.testing.assert_allclose(kernel.ntk, long.ntk[..., :3], atol=tolerance)
+    np.testing.assert_allclose(kernel.cov2, long.cov2[..., :3, :3], atol=tolerance)
+    # The longer ones second, and no inputs at all.
+    swapped = kernel_fn(x2, x1, ("nngp", "ntk"))
+    for name in ("nngp", "ntk"):
+        want = np.transpose(getattr(kernel, name), (1, 0, 3, 2))
+        np.testing.assert_allclose(getattr(swapped, name), want, atol=tolerance)
+    for first, second in ((x1, x2[:0]), (x1[:0], x2)):
+        empty = kernel_fn(first, second, ("nngp", "ntk"))
+        assert empty.nngp.shape == empty.ntk.shape == (len(first), len(second), 5, 3)
+
+
+def test_order_2_has_derivatives_at_different_lengths():
+    of = oracle.problem(5, rho=0.5)
+    given = [jnp.asarray(x) for x in (of.cov11, of.cov12[:, :3], of.cov22[:3, :3], of.theta[:, :3])]
+    present = jnp.ones(5), jnp.ones(3)
+    surrogate, method = parse(2), Direct()
+
+    def both(cov11, cov12, cov22, theta):
+        one, two = (
+            moments.prepare(cov[None], here[None], surrogate=surrogate, method=method)
+            for cov, here in ((cov11, present[0]), (cov22, present[1]))
+        )
+        index = np.zeros(1, int)
+        return moments.second_moments(
+            one, two, index, index, cov12[None], theta[None], surrogate, method
+        )
+
+    step = 1e-5
+    _, got = jax.jvp(both, tuple(given), tuple(given))
+    ahead, behind = (both(*((1 + sign * step) * x for x in given)) for sign in (1, -1))
+    for slope, plus, minus in zip(got, ahead, behind, strict=True):
+        np.testing.assert_allclose(slope, (plus - minus) / (2 * step), atol=1e-8)
+
+
+def test_images_of_different_shapes():
+    """The layout of neural_tangents: `(..., H1, H2, W1, W2)`."""
+    x1, x2 = (
+        random.normal(random.key(i), (2, *shape, 4)) for i, shape in ((0, (2, 3)), (1, (3, 1)))
+    )
+    body = stax.Conv(8, (1, 1), W_std=1.5)
+
+    def kernel(axis, x1, x2):
+        return stax.serial(body, stax.TaylorSoftmax(2, axis=axis))[2](x1, x2, ("nngp", "ntk"))
+
+    both, flat = kernel((1, 2), x1, x2), kernel(1, x1.reshape(2, 6, 1, 4), x2)
+    for got, want in ((both.nngp, flat.nngp), (both.ntk, flat.ntk)):
+        assert got.shape == (2, 2, 2, 3, 3, 1)
+        want = want.reshape(2, 2, 2, 3, 3, 1).transpose(0, 1, 2, 4, 3, 5)
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    # Over one axis: each row has the kernel that it has alone.
+    rows = kernel(1, x1, x2)
+    assert rows.nngp.shape == both.nngp.shape
+    for i in range(3):
+        alone = kernel(1, x1[:, :, i : i + 1], x2)
+        np.testing.assert_allclose(rows.nngp[:, :, :, :, i], alone.nngp[:, :, :, :, 0], atol=1e-12)
 
 
 def test_full_batch_covariance_has_the_diagonal():

@@ -234,9 +234,8 @@ class Attention:
         embedding = moved.reshape(1, x.shape[1], -1)
         if self.pos_emb_decay_fn is not None:
             covariance = linear._pos_emb_pdist(spatial, self.pos_emb_p_norm, self.pos_emb_decay_fn)
-            layout = SpatialLayout(
-                (1, *spatial, 1), 0, len(spatial) + 1, range(1, len(spatial) + 1)
-            )
+            shape = (1, *spatial, 1)
+            layout = SpatialLayout(shape, shape, 0, len(shape) - 1, range(1, len(shape) - 1))
             covariance = layout.split(covariance, 0)[0, 0]
             embedding = matmul(jnp.linalg.cholesky(covariance), embedding)
         embedding = self.W_pos_emb_std * embedding
@@ -313,7 +312,7 @@ class _Blocks:
 
     def __init__(self, k: Any):
         spatial = [i for i in range(len(k.shape1)) if i not in (k.batch_axis, k.channel_axis)]
-        self._layout = SpatialLayout(k.shape1, k.batch_axis, k.channel_axis, spatial)
+        self._layout = SpatialLayout(k.shape1, k.shape1, k.batch_axis, k.channel_axis, spatial)
         self._k = k
         self._n1, self._n2 = k.nngp.shape[:2]
         self._symmetric = k.cov2 is None
@@ -395,9 +394,10 @@ class _Blocks:
 
     def _split(self, cov: Array, shape: tuple[int, ...]) -> Array:
         """`cov`, broadcast to `shape`, as `(pairs, S, S)`."""
-        size = self._layout.n_over
         batch_ndim = len(shape) % 2 or 2
-        return self._layout.split(jnp.broadcast_to(cov, shape), batch_ndim).reshape(-1, size, size)
+        return self._layout.split(jnp.broadcast_to(cov, shape), batch_ndim).reshape(
+            -1, *self._layout.n_over
+        )
 
 
 def _unfold(blocks: Array, n: int) -> Array:

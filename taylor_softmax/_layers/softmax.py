@@ -285,34 +285,44 @@ def _over_positions(
     method = position_axis.check_method(method, surrogate)
     if k.is_reversed:
         k = k.reverse()
-    layout = SpatialLayout(k.shape1, k.batch_axis, k.channel_axis, axes)
+
+    def layout(first: Any, second: Any) -> SpatialLayout:
+        return SpatialLayout(first, second, k.batch_axis, k.channel_axis, axes)
+
+    within1, between = layout(k.shape1, k.shape1), layout(k.shape1, k.shape2)
     batch_ndim = 1 if k.diagonal_batch else 2
 
-    def inputs(cov: Array, mask: Array | None) -> position_axis.Input:
-        groups, present = layout.groups(cov, batch_ndim), layout.present(mask, len(cov))
+    def inputs(cov: Array, mask: Array | None, within: SpatialLayout) -> position_axis.Input:
+        groups, present = within.groups(cov, batch_ndim), within.present(mask, len(cov))
         return position_axis.prepare(
             groups, present.astype(cov.dtype), surrogate=surrogate, method=method
         )
 
     def moments(
-        one: position_axis.Input, two: position_axis.Input, cov: Array, ntk: Array | None, ndim: int
+        one: position_axis.Input,
+        two: position_axis.Input,
+        of: SpatialLayout,
+        cov: Array,
+        ntk: Array | None,
+        ndim: int,
     ) -> tuple[Array, Array | None]:
-        batch, n = cov.shape[:ndim], layout.n_over
+        batch = cov.shape[:ndim]
         given, theta = (
-            None if x is None else layout.split(x.astype(cov.dtype), ndim).reshape(-1, n, n)
+            None if x is None else of.split(x.astype(cov.dtype), ndim).reshape(-1, *of.n_over)
             for x in (cov, ntk)
         )
         assert given is not None
         value, slope = position_axis.second_moments(
-            one, two, *layout.pairs(batch), given, theta, surrogate, method
+            one, two, *of.pairs(batch), given, theta, surrogate, method
         )
-        return layout.join(value, batch), None if slope is None else layout.join(slope, batch)
+        return of.join(value, batch), None if slope is None else of.join(slope, batch)
 
-    one = inputs(k.cov1, k.mask1)
-    cov1, _ = moments(one, one, k.cov1, None, batch_ndim)
+    one = inputs(k.cov1, k.mask1, within1)
+    cov1, _ = moments(one, one, within1, k.cov1, None, batch_ndim)
     two, cov2 = one, None
     if k.cov2 is not None:
-        two = inputs(k.cov2, k.mask2)
-        cov2, _ = moments(two, two, k.cov2, None, batch_ndim)
-    nngp, ntk = moments(one, two, k.nngp, k.ntk, 2)
+        within2 = layout(k.shape2, k.shape2)
+        two = inputs(k.cov2, k.mask2, within2)
+        cov2, _ = moments(two, two, within2, k.cov2, None, batch_ndim)
+    nngp, ntk = moments(one, two, between, k.nngp, k.ntk, 2)
     return k.replace(nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, is_gaussian=False)

@@ -356,7 +356,10 @@ def _map_pairs(prepared: _Prepared, request: Request, mechanism: Mechanism) -> T
     if jax.default_backend() != "cpu":
         size, n_classes = prepared.weights.shape[1:]
         method = mechanism.method
-        points = method.n_points if isinstance(method, QuasiMonteCarlo) else size
+        points = size
+        if isinstance(method, QuasiMonteCarlo):
+            assert method.n_points is not None
+            points = method.n_points
         step = max(1, _CHUNK // (points * size * n_classes**2))
     pairs = jnp.asarray(request.first), jnp.asarray(request.second), request.cross
     return lax.map(jax.checkpoint(pair), pairs, batch_size=step)
@@ -380,6 +383,7 @@ def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) ->
     of_pair: tuple[Any, ...] = one.logits, two.logits, inner[0], outer, inner, forms
     if isinstance(mechanism.method, QuasiMonteCarlo):
         n_points = mechanism.method.n_points
+        assert n_points is not None
         coefficients = trace.coefficients(*of_pair, surrogate=surrogate, n_points=n_points)
     else:
         coefficients = _closed_coefficients(*of_pair)

@@ -1,5 +1,8 @@
 """Order 2 over positions: a double integral of elementary functions.
 
+The two inputs may differ in their numbers of positions, `S` and `T`: what is of the second, or of
+the first seen from it, has `T` in the place of `S`.
+
 With `1 / D = int exp(-t D) dt` for both normalisers, rates `lambda = (t, ..., t, s, ..., s)` and
 `Lambda = diag(lambda)`, the factor `exp(-t D_u - s D_v)` is Gaussian. Under it the logits have
 covariance `C = (Id + Sigma Lambda)^-1 Sigma` and mean `m = -C lambda`, and
@@ -68,8 +71,8 @@ def diagonalise(covariance: Float[Array, "S S"], present: Float[Array, " S"]) ->
 
 @jax.custom_jvp
 def second_moment(
-    one: EigenLogits, two: EigenLogits, cross: Float[Array, "S S"]
-) -> Float[Array, "S S"]:
+    one: EigenLogits, two: EigenLogits, cross: Float[Array, "S T"]
+) -> Float[Array, "S T"]:
     """`E[y(u) y(v)^T]`."""
     return _integrate(one, two, cross, None)[0]
 
@@ -84,8 +87,8 @@ def _second_moment_jvp(
 
 @jax.custom_jvp
 def moment_and_slope(
-    one: EigenLogits, two: EigenLogits, cross: Float[Array, "S S"], theta: Float[Array, "S S"]
-) -> tuple[Float[Array, "S S"], Float[Array, "S S"]]:
+    one: EigenLogits, two: EigenLogits, cross: Float[Array, "S T"], theta: Float[Array, "S T"]
+) -> tuple[Float[Array, "S T"], Float[Array, "S T"]]:
     """`E[y(u) y(v)^T]` and its derivative in `K12` along `theta`."""
     value, slope = _integrate(one, two, cross, theta)
     assert slope is not None
@@ -135,12 +138,12 @@ class _Tilted(NamedTuple):
     log_mass: Float[Array, " s"]
     moved1: Float[Array, "s S"]
     var1: Float[Array, "s S"]
-    cross: Float[Array, "s S S"]
-    moved2: Float[Array, "s S"]
-    var2: Float[Array, "s S"]
+    cross: Float[Array, "s S T"]
+    moved2: Float[Array, "s T"]
+    var2: Float[Array, "s T"]
 
     def moment(self, weights: Array) -> Array:
-        """Sum over s of `phi E[f_2(u) f_2(v)]`, `(S, S)`."""
+        """Sum over s of `phi E[f_2(u) f_2(v)]`, `(S, T)`."""
         mass = weights * jnp.exp(self.log_mass)
         first = mass[:, None] * mean_order_2(self.moved1, self.var1)
         means = matmul(first.T, mean_order_2(self.moved2, self.var2))
@@ -178,9 +181,9 @@ class _Basis(NamedTuple):
     Attributes:
       t, s: scalar and `(N_NODES,)`.
       g: `(S,)`.
-      e, w: eigenvalues and eigenvectors, `(S,)` and `(S, S)`.
-      p: `P`, `(S, S)`.
-      h: `(N_NODES, S)`.
+      e, w: eigenvalues and eigenvectors, `(T,)` and `(T, T)`.
+      p: `P`, `(S, T)`.
+      h: `(N_NODES, T)`.
     """
 
     t: Array
@@ -256,7 +259,7 @@ def _sequential(one: EigenLogits, two: EigenLogits, cross: Array) -> Array:
     One factor `exp(-rate f_2(z_k))` after the other, as a Kalman filter takes observations in:
     `1 + z_k = 0` with precision `rate`. No system is solved, no logarithm of a determinant cancels.
     """
-    size = len(cross)
+    size, total = len(cross), sum(cross.shape)
     sigma = jnp.block([[one.covariance, cross], [cross.T, two.covariance]])
     (t, t_weights), (s, s_weights) = _rule(one), _rule(two)
 
@@ -272,7 +275,7 @@ def _sequential(one: EigenLogits, two: EigenLogits, cross: Array) -> Array:
 
         # `moved` is 1 + the mean.
         start = (sigma, jnp.ones_like(rate), jnp.zeros_like(t))
-        (tilted, moved, log_phi), _ = lax.scan(observe, start, jnp.arange(2 * size))
+        (tilted, moved, log_phi), _ = lax.scan(observe, start, jnp.arange(total))
         variance = jnp.diagonal(tilted)
         first, second = slice(None, size), slice(size, None)
         means = mean_order_2(moved, variance)

@@ -40,18 +40,18 @@ class Components(NamedTuple):
     slope: Float[Array, "*n S S"]
     curvature: Float[Array, "*n S S S"] | None
 
-    def linear(self, inner: Array, other: "Components") -> Float[Array, "S S"]:
+    def linear(self, inner: Array, other: "Components") -> Float[Array, "S T"]:
         """`B C B'^T`, the term of degree 1; also the value of `E[J C J'^T]` without correlation."""
         return matmul(matmul(self.slope, inner), other.slope.T)
 
-    def quadratic(self, first: Array, second: Array, other: "Components") -> Float[Array, "S S"]:
+    def quadratic(self, first: Array, second: Array, other: "Components") -> Float[Array, "S T"]:
         """`<E[D^2 y], C (x) D, E[D^2 y']>`, twice the term of degree 2 at `C = D = K12`."""
         assert self.curvature is not None
         assert other.curvature is not None
-        size = len(first)
+        size, other_size = first.shape
         moved = matmul(jnp.swapaxes(matmul(self.curvature, second), 1, 2), first)
         flat = jnp.swapaxes(moved, 1, 2).reshape(size, -1)
-        return matmul(flat, other.curvature.reshape(size, -1).T)
+        return matmul(flat, other.curvature.reshape(other_size, -1).T)
 
 
 def components(

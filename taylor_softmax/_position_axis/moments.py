@@ -61,6 +61,9 @@ _NODES_WITHOUT_CURVATURE = (0.9, 0.5)
 # 1e4); a product of values is between 0 and 1.
 _EQUALLY_GOOD = (4.0, 10.0)
 
+# Points of a pair by default.
+_N_POINTS = 1 << 13
+
 # Up to so many positions that coefficient is computed: S^3 numbers an input, S^4 operations a pair.
 _LARGEST_CURVATURE = 64
 
@@ -143,7 +146,7 @@ def _joint_second_moments(
 
 def methods(surrogate: Surrogate) -> tuple[Method, ...]:
     """What evaluates softmax over positions, the default first."""
-    return (Direct(),) if surrogate.has_closed_form else (QuasiMonteCarlo(), Series())
+    return (Direct(),) if surrogate.has_closed_form else (QuasiMonteCarlo(_N_POINTS), Series())
 
 
 def check_method(method: Any, surrogate: Surrogate) -> Method:
@@ -184,19 +187,24 @@ def second_moments(
     two: Input,
     first: Int[Array, " pairs"],
     second: Int[Array, " pairs"],
-    cov12: Float[Array, "pairs S S"],
-    theta: Float[Array, "pairs S S"] | None,
+    cov12: Float[Array, "pairs S T"],
+    theta: Float[Array, "pairs S T"] | None,
     surrogate: Surrogate,
     method: Method,
-) -> tuple[Float[Array, "pairs S S"], Float[Array, "pairs S S"] | None]:
+) -> tuple[Float[Array, "pairs S T"], Float[Array, "pairs S T"] | None]:
     """`E[y(u) y(v)^T]` and, unless `theta` is None, its derivative in `K12` along `theta`.
+
+    The inputs in `one` have `S` positions, those in `two` have `T`.
 
     Args:
       one, two: inputs, leading axes `n1` and `n2`.
       first, second: `(pairs,)`, the indices in `one` and `two` of each pair.
     """
+    if not len(cov12):
+        # No pair, and maybe no input that an index could be of.
+        return cov12, theta
     # Outside the loop over pairs, in which they would be laid out once a pair.
-    blocks = _blocks(method, cov12.shape[-1], cov12.dtype)
+    blocks = _blocks(method, cov12.shape[-2:], cov12.dtype)
 
     def pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array | None]:
         i, j, cov12, theta = args
@@ -211,14 +219,17 @@ def second_moments(
         return closed_form.moment_and_slope(left, right, cov12, theta)
 
     args = first, second, cov12, theta
-    step = _pairs_at_once(cov12.shape[-1], surrogate, method)
+    step = _pairs_at_once(max(cov12.shape[1:]), surrogate, method)
     return lax.map(jax.checkpoint(pair), args, batch_size=step)
 
 
 def _pairs_at_once(size: int, surrogate: Surrogate, method: Method) -> int | None:
     if jax.default_backend() == "cpu":
         return None
-    rows = 2 * method.n_points if isinstance(method, QuasiMonteCarlo) else size**2
+    rows = size**2
+    if isinstance(method, QuasiMonteCarlo):
+        assert method.n_points is not None
+        rows = 2 * method.n_points
     if surrogate.has_closed_form:
         rows = size * closed_form.N_NODES
     return max(1, _CHUNK // (size * rows))
@@ -332,8 +343,8 @@ def _sample(
     surrogate: Surrogate,
     blocks: Array,
 ) -> _Means:
-    """Args: `blocks` of points, `(blocks, 3 S, points)`."""
-    size = len(cov12)
+    """Args: `blocks` of points, `(blocks, S + 2 T, points)`."""
+    ends = np.cumsum(cov12.shape)
     slope, rest, _ = sampling.correlate(one.root, two.root, cov12)
 
     def residual_parts(at: sampling.Outputs, z: Array, of: Expansion) -> tuple[Array, Array]:
@@ -342,7 +353,7 @@ def _sample(
         return even, (plus - minus) / 2 - matmul(of.components.slope, z)
 
     def block(z: Array) -> _Means:
-        first, second, third = z[:size], z[size : 2 * size], z[2 * size :]
+        first, second, third = jnp.split(z, ends)
         correlated = matmul(slope.T, first) + matmul(rest, second)
         independent = matmul(two.root.root, third)
         logits = matmul(one.root.root, first)
@@ -376,16 +387,18 @@ def _sample(
     return jax.tree.map(lambda x: x / len(blocks), total)
 
 
-def _blocks(method: Method, size: int, dtype: Any) -> Array | None:
-    """Points of all pairs, `(blocks, 3 S, points)`, if the method uses any.
+def _blocks(method: Method, sizes: tuple[int, ...], dtype: Any) -> Array | None:
+    """Points of all pairs with `sizes` `S` and `T`, `(blocks, S + 2 T, points)`, if there are any.
 
     On a CPU the arrays of a block stay in the cache of the second level: in one block the 8,192
     points take 1.9 times as long (8, 16 and 32 positions, float32, measured).
     """
     if not isinstance(method, QuasiMonteCarlo):
         return None
-    n, at_once = method.n_points, 1 << max(7, 13 - (size - 1).bit_length())
+    assert method.n_points is not None
+    n, at_once = method.n_points, 1 << max(7, 13 - (max(sizes) - 1).bit_length())
     if jax.default_backend() != "cpu" or n % at_once:
         at_once = n
-    points = sampling.normal_points(n, 3 * size, dtype, sampling.PAIRS)
-    return jnp.swapaxes(points.reshape(3 * size, -1, at_once), 0, 1)
+    dimension = sizes[0] + 2 * sizes[1]
+    points = sampling.normal_points(n, dimension, dtype, sampling.PAIRS, seed=method.seed)
+    return jnp.swapaxes(points.reshape(dimension, -1, at_once), 0, 1)

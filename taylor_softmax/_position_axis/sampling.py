@@ -1,7 +1,7 @@
 """Roots of covariances, quasi-random points, and what softmaxes and their Jacobians average to.
 
-`(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` are the logits at the `S` positions of two inputs. With
-standard normal `z1`, `z2`, `z3` and roots `L1`, `L2` of `K11`, `K22`,
+`(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` are the logits at the `S` positions of one input and the
+`T` of another. With standard normal `z1`, `z2`, `z3` and roots `L1`, `L2` of `K11`, `K22`,
 
     u = L1 z1,    v = A^T z1 + Q z2,    w = L2 z3,
 
@@ -28,8 +28,8 @@ from jaxtyping import Array, Float
 from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Surrogate
 
-# Seeds of the quasi-random points. Components and pairs have their own: with one for both, an error
-# of 1.4e-3 of the largest entry is left that more points don't remove (measured).
+# What points are for. Components and pairs have their own: with one set for both, an error of
+# 1.4e-3 of the largest entry is left that more points don't remove (measured).
 PAIRS, COMPONENTS = 0, 1
 
 # Rounding errors of a covariance: its largest entry, eps and the root of its size times this. Sums
@@ -115,8 +115,8 @@ def _psd_root_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -
 
 @jax.custom_jvp
 def correlate(
-    one: Root, two: Root, cross: Float[Array, "S S"]
-) -> tuple[Float[Array, "S S"], Float[Array, "S S"], Float[Array, "S S"]]:
+    one: Root, two: Root, cross: Float[Array, "S T"]
+) -> tuple[Float[Array, "S T"], Float[Array, "T T"], Float[Array, "T T"]]:
     """`A` and `Q` of `v = A^T z1 + Q z2`, and the pseudo-inverse of `Q`.
 
     `A^T A + Q Q^T = L2 L2^T` and `L1 A = K12` up to what contradicts it.
@@ -137,7 +137,7 @@ def correlate(
     clipped = axes / jnp.sqrt(jnp.maximum(squares, 1))
     slope = matmul(matmul(matmul(whitened, clipped), axes.T), two.root.T)
     rest = 1 - squares
-    kept = rest > 8 * len(cross) * float(jnp.finfo(cross.dtype).eps)
+    kept = rest > 8 * max(cross.shape) * float(jnp.finfo(cross.dtype).eps)
     scale = jnp.sqrt(jnp.where(kept, rest, 1))
     inverse = matmul(jnp.where(kept, axes / scale, 0).T, two.inverse)
     return slope, matmul(two.root, jnp.where(kept, axes * scale, 0)), inverse
@@ -164,8 +164,8 @@ def outputs(z: Float[Array, "S n"], present: Float[Array, " S"], surrogate: Surr
 
 
 def jacobian_product(
-    left: Outputs, right: Outputs, inner: Float[Array, "S S"]
-) -> Float[Array, "S S"]:
+    left: Outputs, right: Outputs, inner: Float[Array, "S T"]
+) -> Float[Array, "S T"]:
     """Mean of `J C J'^T` over the points.
 
     Multiplied out, so that no `S x S` matrix is held for a point; `o` is the entrywise product:
@@ -189,21 +189,29 @@ def integral_weights(nodes: tuple[float, ...], first: int) -> tuple[float, ...]:
     return tuple(np.linalg.solve(r ** powers[:, None], 1 / (powers + 1)).tolist())
 
 
-def normal_points(n_points: int, dimension: int, dtype: Any, seed: int) -> Array:
+def normal_points(
+    n_points: int, dimension: int, dtype: Any, purpose: int, *, seed: int = 0, scrambling: int = 0
+) -> Array:
     """Quasi-random points of the standard normal distribution, `(dimension, n_points)`.
 
     The same at every call. Their negatives are left to `outputs`.
+
+    Args:
+      dimension: for a pair of inputs of `S` and `T` positions `S + 2 T`.
+      purpose: `PAIRS`, `COMPONENTS` or another number.
+      seed, scrambling: any two that differ give independent points.
     """
     # Behind the barrier XLA takes them as an argument, rather than as a constant that it folds
     # into everything that is made of it.
-    points = jnp.asarray(_sobol_points(n_points, dimension, seed), dtype)
+    points = jnp.asarray(_sobol_points(n_points, dimension, (purpose, seed, scrambling)), dtype)
     return jax.lax.optimization_barrier(points)
 
 
 @functools.cache
-def _sobol_points(n_points: int, dimension: int, seed: int) -> np.ndarray:
+def _sobol_points(n_points: int, dimension: int, entropy: tuple[int, int, int]) -> np.ndarray:
     """Scrambled Sobol points, mapped to the standard normal distribution."""
-    sampler = scipy.stats.qmc.Sobol(dimension, scramble=True, seed=seed)  # pyright: ignore[reportCallIssue]
+    generator = np.random.default_rng(entropy)
+    sampler = scipy.stats.qmc.Sobol(dimension, scramble=True, seed=generator)  # pyright: ignore[reportCallIssue]
     # A power of two is what balances the points.
     uniform = sampler.random_base2(max(0, (n_points - 1).bit_length()))[:n_points]
     # Scrambling can give 0 exactly.

@@ -25,16 +25,16 @@ from taylor_softmax._position_axis.sampling import normal_points
 from taylor_softmax._probabilities import moments as independent
 from taylor_softmax._probabilities.moments import Moments
 
-# Of the quasi-random points: other than those of softmax over positions.
-_SEED = 2
+# Purpose of the quasi-random points: another than those of softmax over positions.
+_PURPOSE = 2
 # Standard deviations below this share of the largest have no derivative: its error, which grows as
 # their inverse, would be beyond 1e-1.
 _SINGULAR = 1e-3
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def moments(
-    mean: Array, covariance: Array, surrogate: Surrogate, second: bool, n_points: int
+    mean: Array, covariance: Array, surrogate: Surrogate, second: bool, n_points: int, seed: int
 ) -> Moments:
     """Moments of `y` for logits of means `(N, C)` and covariances `(N, C, C)`.
 
@@ -43,12 +43,13 @@ def moments(
     Args:
       second: whether `Cov[y]` is wanted.
       n_points: how many points, beside their negatives.
+      seed: which points.
     """
     present = ~jnp.isneginf(mean)
     full = project(covariance, present, surrogate)
     variance = _nearest_diagonal(full, present, surrogate)
     near = project(variance[:, :, None] * jnp.eye(mean.shape[1]), present, surrogate)
-    points = normal_points(n_points, mean.shape[1], mean.dtype, _SEED)
+    points = normal_points(n_points, mean.shape[1], mean.dtype, _PURPOSE, seed=seed)
     exact = independent.moments(mean, variance, surrogate, second)
     centre = jnp.where(present, mean, 0)
 
