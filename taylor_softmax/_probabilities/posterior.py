@@ -280,7 +280,7 @@ def categorical_inference(
       ValueError: the kernel is not square, symmetric or finite, labels are out of range, don't sum
         to 1 or are not as many as inputs, or an option is out of range.
     """
-    prior, y = _arguments(k_train_train, y_train, n_classes)
+    prior, y = prior_and_labels(k_train_train, y_train, n_classes)
     check_integer("max_iterations", max_iterations, least=1)
     if not 0 < damping <= 1:
         raise ValueError(f"`damping` must be in (0, 1], got {damping}.")
@@ -346,7 +346,7 @@ def categorical_log_evidence(
     Returns:
       The bound, a scalar, in nats.
     """
-    prior, y = _arguments(k_train_train, y_train, n_classes)
+    prior, y = prior_and_labels(k_train_train, y_train, n_classes)
     fit = inference.fit(
         jax.lax.stop_gradient(prior),
         y,
@@ -374,7 +374,7 @@ def _report(iteration: Array, bound: Array, residual: Array) -> None:
     print(f"iteration {int(iteration)}: log evidence {bound:.6g}, residual {residual:.1e}")
 
 
-def _arguments(
+def prior_and_labels(
     k_train_train: Validated[ArrayLike | InducingKernels],
     y_train: Validated[ArrayLike],
     n_classes: Validated[int | None],

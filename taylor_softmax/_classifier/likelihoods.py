@@ -1,0 +1,107 @@
+"""What the labels say of the logits: the two ways from a kernel to a posterior and its evidence."""
+
+import contextlib
+import dataclasses
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from taylor_softmax._probabilities import regression
+from taylor_softmax._probabilities.inference import Sites, bound
+from taylor_softmax._probabilities.posterior import (
+    CategoricalPosterior,
+    InducingKernels,
+    categorical_inference,
+)
+from taylor_softmax._probabilities.priors import Exact
+
+Kernels = np.ndarray | InducingKernels
+
+
+def _one_hot(labels: np.ndarray, n_classes: int, posterior: CategoricalPosterior) -> Any:
+    return np.eye(n_classes, dtype=posterior.alpha.dtype)[labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical:
+    """Labels with the probabilities `softmax(logits)`, by `categorical_inference`.
+
+    Attributes:
+      labels: classes, `(N,)`.
+      n_classes: of which there may be more than in `labels`.
+      tol, max_iterations, progress: as there.
+    """
+
+    labels: np.ndarray
+    n_classes: int
+    tol: float
+    max_iterations: int
+    progress: bool
+
+    def posterior(
+        self, kernels: Kernels, init: CategoricalPosterior | None = None
+    ) -> CategoricalPosterior:
+        with _quietly():
+            return categorical_inference(
+                kernels,
+                self.labels,
+                n_classes=self.n_classes,
+                tol=self.tol,
+                max_iterations=self.max_iterations,
+                init=init,
+                progress=self.progress,
+            )
+
+    def slope(self, kernel: np.ndarray, posterior: CategoricalPosterior) -> np.ndarray:
+        """Of the evidence, in the kernel."""
+        y = _one_hot(self.labels, self.n_classes, posterior)
+        sites = Sites(posterior.alpha, posterior.site_precision)
+        return np.asarray(_slope_of_bound(kernel, y, sites))
+
+    def scale(self, posterior: CategoricalPosterior) -> float:
+        """By which logits of the posterior are to be multiplied."""
+        del posterior
+        return 1.0
+
+
+# The posterior is at its optimum, so that it can be held fixed.
+_slope_of_bound = jax.jit(jax.grad(lambda kernel, y, sites: bound(Exact(kernel), y, sites)))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Progress goes to stderr, and that it did not converge the posterior says too."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.filterwarnings("ignore", ".*has not converged", UserWarning)
+        yield
+        jax.effects_barrier()
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastSquares:
+    """Regression on labels, by `taylor_softmax._probabilities.regression`; attributes as above."""
+
+    labels: np.ndarray
+    n_classes: int
+
+    def posterior(
+        self, kernels: Kernels, init: CategoricalPosterior | None = None
+    ) -> CategoricalPosterior:
+        del init
+        return regression.posterior(kernels, self.labels, self.n_classes)
+
+    def slope(self, kernel: np.ndarray, posterior: CategoricalPosterior) -> np.ndarray:
+        y = _one_hot(self.labels, self.n_classes, posterior)
+        return np.asarray(_slope_of_regression(kernel, y))
+
+    def scale(self, posterior: CategoricalPosterior) -> float:
+        return regression.scale(posterior, _one_hot(self.labels, self.n_classes, posterior))
+
+
+_slope_of_regression = jax.jit(
+    jax.grad(lambda kernel, y: regression.log_evidence(Exact(kernel), y)[0])
+)
