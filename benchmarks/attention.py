@@ -23,6 +23,7 @@ POINTS = (512, 2048, 8192)
 DEFAULT_POINTS = 2048
 MANY_POINTS = 1 << 15
 N_PROBLEMS = 4  # random ones, of which the largest error is reported
+COUNTS = 2, 6  # inputs, of which blocks are timed
 N_INPUTS, N_TOKENS = 100, 64  # of which memory is reported
 
 
@@ -124,13 +125,8 @@ def time_table(sizes: tuple[int, ...], repetitions: int) -> str:
             row = [f"{size}", name]
             for get in ("nngp", ("nngp", "ntk")):
                 progress(f"{size} tokens, {name}, {get}")
-                functions = {n: compiled(size, n, get, causal, varying) for n in (2, 6)}
-                best = {
-                    n: min(times) for n, times in timing.interleaved(functions, repetitions).items()
-                }
-                # n^2 pairs of both and 2 n of inputs with themselves, beside what inputs cost.
-                per_pair = (best[6] - 3 * best[2]) / (6**2 - 3 * 2**2)
-                row.append(f"{per_pair * 1e3:.2f}")
+                make = functools.partial(compiled, size, get=get, causal=causal, varying=varying)
+                row.append(f"{timing.per_pair(make, COUNTS, repetitions) * 1e3:.2f}")
             rows.append(row)
     return table(["tokens", "scales of queries", "NNGP", "NNGP and NTK"], rows)
 
@@ -140,8 +136,7 @@ def memory() -> str:
     kernel_fn = layer(causal=False)
     x = jax.ShapeDtypeStruct((N_INPUTS, N_TOKENS, 8), jnp.float32)
     function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, ("nngp", "ntk")))
-    analysis: Any = function.lower(x, x).compile().memory_analysis()
-    used = (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**30
+    used = timing.memory(function.lower(x, x).compile()) / 2**30
     return (
         "## Memory\n\n"
         f"NNGP and NTK of {N_INPUTS} x {N_INPUTS} inputs of {N_TOKENS} tokens, outputs and "

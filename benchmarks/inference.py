@@ -61,27 +61,34 @@ def scores(p: Any, labels: np.ndarray) -> list[str]:
     return [f"{np.mean(p.argmax(1) == labels):.1%}", f"{likelihood:.4f}"]
 
 
-def rows_of(n_train: int, x: np.ndarray, labels: np.ndarray) -> list[list[str]]:
-    x_train, y_train = x[:n_train], labels[:n_train]
-    x_test, y_test = x[n_train:], labels[n_train:]
+Data = tuple[np.ndarray, np.ndarray]  # inputs and labels
+
+
+def fit(train: Data, test: Data) -> list[str]:
+    """One fit without compilation: iterations, residual, seconds, evidence and scores."""
+    (x_train, y_train), (x_test, y_test) = train, test
     k_train, k_cross = kernel(x_train, None), kernel(x_test, x_train)
     k_test = jnp.diagonal(kernel(x_test, None))
-    progress(f"{n_train} inputs: categorical_inference")
+    progress(f"{len(x_train)} inputs: categorical_inference")
     # Compiles, and ends after one iteration.
     categorical_inference(k_train, y_train, n_classes=N_CLASSES, tol=1e9)
     start = time.perf_counter()
     posterior = categorical_inference(k_train, y_train, n_classes=N_CLASSES)
     seconds = time.perf_counter() - start
     p = posterior(k_cross, k_test).probabilities
-    ours = [
-        "categorical_inference",
-        str(n_train),
+    return [
         f"{posterior.iterations}",
         f"{posterior.residual:.0e}",
         f"{seconds:.1f}",
         f"{float(posterior.log_evidence):.1f}",
         *scores(p, y_test),
     ]
+
+
+def rows_of(n_train: int, x: np.ndarray, labels: np.ndarray) -> list[list[str]]:
+    x_train, y_train = x[:n_train], labels[:n_train]
+    x_test, y_test = x[n_train:], labels[n_train:]
+    ours = ["categorical_inference", str(n_train), *fit((x_train, y_train), (x_test, y_test))]
     progress(f"{n_train} inputs: GaussianProcessClassifier")
     start = time.perf_counter()
     fixed: Any = {"optimizer": None}
@@ -100,10 +107,17 @@ classifier has a Laplace approximation for each class against the rest, normalis
 of the whole. GPflow is left out, since it needs TensorFlow."""
 
 
-def shuffled() -> tuple[np.ndarray, np.ndarray]:
+def shuffled() -> Data:
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     return images[order], labels[order]
+
+
+def shifts(images: np.ndarray, labels: np.ndarray) -> Data:
+    """The images and their shifts by a pixel in all eight directions."""
+    padded = np.pad(images.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)), mode="edge")
+    copies = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    return np.concatenate(copies).reshape(-1, 64), np.tile(labels, 9)
 
 
 def digits(sizes: tuple[int, ...]) -> str:
@@ -125,9 +139,7 @@ one fit without compilation, to a residual of 1e-3."""
 def inducing(numbers: tuple[int, ...], n_test: int) -> str:
     images, labels = shuffled()
     x = (images - images.mean()) / images.std()
-    padded = np.pad(x[n_test:].reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)), mode="edge")
-    shifts = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
-    x_train, y_train = np.concatenate(shifts).reshape(-1, 64), np.tile(labels[n_test:], 9)
+    x_train, y_train = shifts(x[n_test:], labels[n_test:])
     x_test, y_test = x[:n_test], labels[:n_test]
     blocks = np.array_split(x_train, len(x_train) // 500 + 1)
     variance = np.concatenate([np.diagonal(np.asarray(kernel(each, None))) for each in blocks])
@@ -141,10 +153,10 @@ def inducing(numbers: tuple[int, ...], n_test: int) -> str:
         z = x_train[chosen]
         kernels = InducingKernels(kernel(z, None), kernel(z, x_train), jnp.asarray(variance))
         choice = time.perf_counter() - start
-        fit = functools.partial(categorical_inference, kernels, y_train, n_classes=N_CLASSES)
-        fit(tol=1e9)
+        infer = functools.partial(categorical_inference, kernels, y_train, n_classes=N_CLASSES)
+        infer(tol=1e9)
         start = time.perf_counter()
-        posterior = fit(tol=1e-3)
+        posterior = infer(tol=1e-3)
         seconds = time.perf_counter() - start
         p = posterior(kernel(x_test, z), k_test).probabilities
         row = [str(len(chosen)), f"{posterior.iterations}", f"{posterior.residual:.0e}"]

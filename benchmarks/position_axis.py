@@ -13,7 +13,7 @@ import numpy as np
 from jax import random
 
 from benchmarks.report import name, options, precision, progress, run, table
-from benchmarks.timing import interleaved, medians
+from benchmarks.timing import interleaved, medians, per_pair
 from oracles import position_axis as oracle
 from taylor_softmax import joint_second_moment, monte_carlo, stax
 from taylor_softmax.methods import QuasiMonteCarlo, Series
@@ -90,18 +90,18 @@ def ntk_table(sizes: tuple[int, ...], n_samples: int) -> str:
     return table(["positions", "variance", *header], rows)
 
 
-def _kernel(size: int, order: int | None, get: str | tuple[str, ...], dtype: Any, n: int) -> Any:
+def kernel(size: int, order: int | None, get: str | tuple[str, ...], dtype: Any, n: int) -> Any:
+    """The layer's kernel of two times `n` inputs, compiled."""
     layer = stax.TaylorSoftmax(order, axis=1)
     kernel_fn = stax.serial(stax.Conv(8, (1,)), layer)[2]
     x1, x2 = (random.normal(random.key(i), (n, size, 2 * size), dtype) for i in (1, 2))
-    function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, get))
+    function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, get)).lower(x1, x2).compile()
     return functools.partial(function, x1, x2)
 
 
 def time_table(sizes: tuple[int, ...], repetitions: int, counts: tuple[int, int]) -> str:
-    """Time per pair of inputs; few pairs beside many: free of what every input costs once."""
+    """Time per pair of inputs."""
     rows = []
-    few, many = counts
     for size in sizes:
         for order in (2, None):
             row = [name(order), f"{size}"]
@@ -110,11 +110,8 @@ def time_table(sizes: tuple[int, ...], repetitions: int, counts: tuple[int, int]
                 dtype = precision(x64)
                 for get in ("nngp", ("nngp", "ntk")):
                     progress(f"{size} positions, {name(order)}, {get}")
-                    functions = {n: _kernel(size, order, get, dtype, n) for n in counts}
-                    times = medians(interleaved(functions, repetitions))
-                    # n^2 pairs, and 2 n inputs with themselves and with what each costs.
-                    pair = (times[many] - many / few * times[few]) / (many**2 - many * few)
-                    row.append(f"{pair * 1e3:.2f}")
+                    make = functools.partial(kernel, size, order, get, dtype)
+                    row.append(f"{per_pair(make, counts, repetitions) * 1e3:.2f}")
             progress(f"{size} positions, sampling")
             row.append(_sampling(size, order, repetitions))
             rows.append(row)

@@ -87,12 +87,16 @@ def run(
     file = f"{command.rpartition('.')[2]}{'_gpu' if on_gpu else ''}.md"
     output = arguments.output or Path("benchmarks/results") / file
     heading = f"# {title}{' on a GPU' if on_gpu else ''}"
-    report = sections(output.read_text()) if output.exists() else {}
     for each in arguments.only or parts:
-        lines = [*parts[each](), environment(command, sys.argv[1:])]
-        report[each] = "\n\n".join([f"<!-- part {each} -->", *lines])
-        save([heading, *(report[part] for part in parts if part in report)], output)
+        keep(each, [*parts[each](), environment(command, sys.argv[1:])], heading, parts, output)
     print(output.read_text(), end="")
+
+
+def keep(part: str, lines: Sequence[str], heading: str, order: Iterable[str], output: Path) -> None:
+    """Puts a part into the report at `output`, whose other parts stay, all of them in `order`."""
+    report = sections(output.read_text()) if output.exists() else {}
+    report[part] = "\n\n".join([f"<!-- part {part} -->", *lines])
+    save([heading, *(report[each] for each in order if each in report)], output)
 
 
 def sections(report: str) -> dict[str, str]:

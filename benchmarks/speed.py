@@ -20,7 +20,7 @@ from jax import Array
 
 import taylor_softmax
 from benchmarks.report import name, options, precision, progress, run, table
-from benchmarks.timing import interleaved, medians, seconds
+from benchmarks.timing import interleaved, medians, memory, seconds
 from taylor_softmax import monte_carlo, stax
 
 COMMAND = "benchmarks.speed"
@@ -61,8 +61,7 @@ def compiled(layer: Any, n_classes: int, x: Array) -> tuple[Callable[[Any], Any]
         return kernel.nngp, kernel.ntk
 
     executable = jax.jit(kernels).lower(logits(n_classes, x)).compile()
-    memory: Any = executable.memory_analysis()
-    return executable, memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return executable, memory(executable)
 
 
 def logits(n_classes: int, x: Array) -> Any:
@@ -70,12 +69,12 @@ def logits(n_classes: int, x: Array) -> Any:
     return stax.Dense(n_classes)[2](x, x[::-1])
 
 
-def layers(n: int, repetitions: int, quick: bool) -> Iterator[str]:
+def layers(n: int, repetitions: int, classes: tuple[int, ...]) -> Iterator[str]:
     """Time and memory of the layer alone over those of Erf, in one run."""
     for x64 in (False, True):
         dtype, rows = precision(x64), []
         x = {spread: inputs(n, spread, dtype) for spread in SPREADS}
-        for n_classes in CLASSES[:: 3 if quick else 1]:
+        for n_classes in classes:
             kernels = {spread: logits(n_classes, x[spread]) for spread in SPREADS}
             erf, erf_size = compiled(stax.Erf(), n_classes, x["equal"])
             for order in ORDERS:
@@ -312,7 +311,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Iterable[str]]] = {
         "layers": lambda: (
             *("## Layers", EXPLANATION.format(n=n, repetitions=repetitions)),
-            *layers(n, repetitions, quick),
+            *layers(n, repetitions, CLASSES[:1] if quick else CLASSES),
         ),
         "first": lambda: (FIRST, first_calls(quick)),
         "hyperparameters": lambda: (

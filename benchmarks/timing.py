@@ -37,3 +37,26 @@ def interleaved(
 
 def medians(times: Mapping[Any, list[float]]) -> dict[Any, float]:
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def per_pair(
+    make: Callable[[int], Callable[[], Any]], counts: tuple[int, int], repetitions: int
+) -> float:
+    """Seconds a pair of inputs, of kernels of all pairs of so many: the best of all repetitions.
+
+    Few inputs beside many: free of what each input costs once, and nearly of what a call does.
+
+    Args:
+      make: the number of inputs to a call for the kernel of all pairs of them.
+      counts: the two numbers of inputs.
+    """
+    few, many = counts
+    times = interleaved({n: make(n) for n in counts}, repetitions)
+    best = {n: min(each) for n, each in times.items()}
+    return (best[many] - many / few * best[few]) / (many**2 - many * few)
+
+
+def memory(executable: Any) -> int:
+    """Bytes of results and temporaries of a compiled function."""
+    analysis = executable.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
