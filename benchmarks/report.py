@@ -4,12 +4,13 @@ import argparse
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +18,32 @@ import numpy as np
 
 def progress(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+
+
+T = TypeVar("T")
+
+
+def steps(items: Sequence[T], name: Callable[[T], str], *, quiet: bool = False) -> Iterator[T]:
+    """The items, with progress: a bar where `tqdm` is installed, lines elsewhere."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        for i, item in enumerate(items):
+            if not quiet:
+                progress(f"{i + 1} of {len(items)}: {name(item)}")
+            yield item
+        return
+    bar = tqdm(items, disable=quiet, file=sys.stderr)
+    for item in bar:
+        bar.set_postfix_str(name(item))
+        yield item
+
+
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,13 +78,31 @@ def environment(module: str, given: Sequence[str]) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     processor = next(names, platform.processor() or platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "jaxlib", "neural-tangents", "numpy"))
-    return (
-        f"Command: `{' '.join(['python -m', module, *given])}`.\n"
-        f"Device: {device.platform} ({device.device_kind}); host: {processor}, {cores} cores. "
-        f"Python {platform.python_version()}, {packages}."
-    )
+    lines = [
+        f"Command: `{' '.join(['python -m', module, *given])}`.",
+        f"Device: {device.platform} ({device.device_kind}); host: {processor}, {cores()} cores. "
+        f"Python {platform.python_version()}, {packages}.",
+        *([f"Commit: {at}."] if (at := commit()) else []),
+    ]
+    return "\n".join(lines)
+
+
+def commit() -> str:
+    """That of the library here, with what has been changed since; empty outside of a checkout."""
+
+    def git(*command: str) -> str:
+        folder = ["git", "-C", str(Path(__file__).parents[1])]
+        return subprocess.run(
+            [*folder, *command], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "taylor_softmax")
+        at = git("log", "-1", "--format=%h (%cs)")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{at} and changes since" if changed else at
 
 
 def options(command: str, description: str | None) -> argparse.ArgumentParser:

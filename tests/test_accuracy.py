@@ -1,6 +1,8 @@
 """The accuracy program: a small part of its grid, its verdict, and that the verdict can fail."""
 
+import itertools
 import json
+import types
 
 import jax
 import numpy as np
@@ -35,12 +37,18 @@ SAMPLES = 200_000
 def results():
     cpu = jax.devices("cpu")
     return [
-        result
-        for problem in [*PROBLEMS, *NETWORKS]
-        for result in program.results_of(
-            problem, 0, SAMPLES if problem in PROBLEMS else SAMPLES // 10, cpu[:1]
-        )
+        *sampled_results(PROBLEMS, 0, SAMPLES, cpu[:1]),
+        *sampled_results(NETWORKS, 0, SAMPLES // 10, cpu[:1]),
     ]
+
+
+def sampled_results(problems, seed, n_samples, devices):
+    results = []
+    for problem in problems:
+        prepared = program.prepare(problem, n_samples, devices)
+        drawn = prepared.sampler.draw(program.key_of(problem, seed))
+        results += program.results_of(problem, prepared, drawn)
+    return results
 
 
 def failed(results):
@@ -69,7 +77,7 @@ def test_a_perturbed_estimate_is_found(results, problem):
 )
 def test_kernels_agree_with_sampling_on_gpu():
     devices = jax.devices("gpu")
-    results = [r for problem in PROBLEMS for r in program.results_of(problem, 1, 10**7, devices)]
+    results = sampled_results(PROBLEMS, 1, 10**7, devices)
     assert failed(results) == []
     assert failed([r.perturbed(0.01) for r in results])
 
@@ -152,7 +160,8 @@ def test_sampling_is_spread_over_devices():
     problem = PROBLEMS[0]
     key = random.key(3)
     one, both = (
-        sampling.sample(problem, key, SAMPLES, devices, entries=False) for devices in (two[:1], two)
+        sampling.Sampler(problem, SAMPLES, devices, entries=False).draw(key)
+        for devices in (two[:1], two)
     )
     assert both.n_draws >= SAMPLES
     # Different samples of the same distribution.
@@ -165,7 +174,8 @@ def test_sampling_is_spread_over_devices():
 @pytest.mark.quick
 def test_sampling_is_that_of_the_library():
     problem = PROBLEMS[0]
-    mean, stderr, n = sampling.sample(problem, random.key(4), SAMPLES, jax.devices(), entries=False)
+    sampler = sampling.Sampler(problem, SAMPLES, jax.devices(), entries=False)
+    mean, stderr, n = sampler.draw(random.key(4))
     library = taylor_softmax.monte_carlo.class_second_moment(
         random.key(5), 1.0, 0.9, 1.0, n_classes=10, order=2, n_samples=SAMPLES
     )
@@ -184,7 +194,7 @@ class Small:
     """The program on two problems."""
 
     def __init__(self, path, monkeypatch):
-        self.path, self.monkeypatch, self.sample = path, monkeypatch, program.sample
+        self.path, self.monkeypatch, self.sampler = path, monkeypatch, program.Sampler
         self.sampled = []
         monkeypatch.setattr(program, "layer_problems", lambda quick: PROBLEMS[:2])
         monkeypatch.setattr(program, "network_problems", lambda quick: [])
@@ -192,14 +202,19 @@ class Small:
     def run(self, *options, stop_after=None):
         """Exit status, and what was sampled."""
 
-        def recorded(problem, *args, **kwargs):
-            if len(self.sampled) == stop_after:
-                raise KeyboardInterrupt
-            self.sampled.append(problem.name)
-            return self.sample(problem, *args, **kwargs)
+        class Recorded(self.sampler):
+            def __init__(recorded, problem, *args, **kwargs):
+                super().__init__(problem, *args, **kwargs)
+                recorded.name = problem.name
+
+            def draw(recorded, key):
+                if len(self.sampled) == stop_after:
+                    raise KeyboardInterrupt
+                self.sampled.append(recorded.name)
+                return super().draw(key)
 
         self.sampled = []
-        self.monkeypatch.setattr(program, "sample", recorded)
+        self.monkeypatch.setattr(program, "Sampler", Recorded)
         given = ["--device", "cpu", "--samples", "50000", "--no-progress"]
         status = program.main([*given, "--output", str(self.path), *options])
         return status, self.sampled
@@ -229,6 +244,49 @@ def test_an_interrupted_run_goes_on(small):
     # Other settings are another run.
     assert small.run("--seed", "1")[1] == [p.name for p in PROBLEMS[:2]]
     assert small.run("--seed", "1", "--restart")[1] == [p.name for p in PROBLEMS[:2]]
+
+
+def test_draws_of_rounds_are_those_of_one(small):
+    """As one estimate of them all has it, of arrays too."""
+    values = np.random.default_rng(0).standard_normal((3000, 2, 3, 3)) + 5
+
+    def estimate(of):
+        return sampling.Estimate(of.mean(0), of.std(0, ddof=1) / np.sqrt(len(of)), len(of))
+
+    both = estimate(values[:1000]).with_more(estimate(values[1000:]))
+    for found, right in zip(both, estimate(values), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-12)
+
+
+def test_rounds_until_time_is_up(small, monkeypatch):
+    """Problems that more draws would show to be finite are drawn once."""
+    problems = [PROBLEMS[0], PROBLEMS[2]]
+    monkeypatch.setattr(program, "layer_problems", lambda quick: problems)
+    clock = itertools.count()
+    monkeypatch.setattr(program, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    # One reading at the start, one before each draw.
+    assert small.run("--seconds", "4")[1] == [p.name for p in (*problems, *problems[:1] * 2)]
+    results = json.loads(small.path.read_text())["results"]
+    once, thrice = ({r["n_draws"] for r in results if r["name"] == p.name} for p in problems[::-1])
+    assert min(thrice) >= 150_000
+    assert min(once) < 50_000  # of many units each
+    assert "problems." not in small.path.with_suffix(".md").read_text().split("## How")[0]
+    # Time that is up in the first round leaves a report of what there is.
+    assert small.run("--seconds", "1")[1] == [PROBLEMS[0].name]
+    report = small.path.with_suffix(".md").read_text()
+    assert "There was time for 1 of 2 problems." in report
+
+
+def test_results_beside_those_of_another_run(results):
+    settings = {"devices": ["cpu (here)"], "versions": {"jax": "1.2.3"}}
+    exact = results[0]
+    moved = exact._replace(analytic=exact.analytic + 1e-3 * exact.scale, n_draws=17)
+    section = tables.beside_section(results, [moved, *results[1:-4]], settings)
+    assert "on cpu (here) with jax 1.2.3" in section
+    (row,) = (line for line in section.splitlines() if line.startswith(f"| nngp, {exact.group} "))
+    *_, number, draws, _, _, _, _, analytic = (cell.strip() for cell in row.split("|")[:-1])
+    assert (number, analytic) == ("2 / 2", "1e-03")
+    assert draws.endswith(" / 17")
 
 
 def test_report_and_figures_of_everything(results, tmp_path):

@@ -7,40 +7,66 @@ more than chance. An interrupted run goes on where it stopped.
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import random
-from tqdm import tqdm
+from jax import Array, random
 
 import taylor_softmax
-from benchmarks.accuracy.figures import draw_all
 from benchmarks.accuracy.problems import Problem, layer_problems, network_problems
-from benchmarks.accuracy.sampling import sample
-from benchmarks.accuracy.tables import checks_table, sections
+from benchmarks.accuracy.sampling import Estimate, Sampler
+from benchmarks.accuracy.tables import beside_section, checks_table, sections
 from benchmarks.accuracy.verdict import Result, verdict
-from benchmarks.report import environment, progress, publish
+from benchmarks.report import cores, environment, progress, publish, steps
 
 PACKAGES = ("taylor-softmax", "jax", "jaxlib", "neural-tangents", "numpy", "scipy")
 RESULTS = Path("benchmarks/results")
 COMMAND = "benchmarks.accuracy"
 
 
-def results_of(problem: Problem, seed: int, n_samples: int, devices: list[Any]) -> list[Result]:
+class Prepared(NamedTuple):
+    """All that a problem needs but its draws.
+
+    Attributes:
+      kernels: NNGP and NTK.
+      departures: of both from softmax's.
+      sampler: compiled.
+    """
+
+    kernels: tuple[np.ndarray, np.ndarray]
+    departures: tuple[float | None, float | None]
+    sampler: Sampler
+
+
+def prepare(problem: Problem, n_samples: int, devices: list[Any]) -> Prepared:
+    # Each thread has a default device of its own.
+    with jax.default_device(devices[0]):
+        kernels = problem.analytic()
+        sampler = Sampler(problem, n_samples, devices, entries=problem.is_estimated)
+        sampler.compile()
+        return Prepared(kernels, problem.departure(kernels), sampler)
+
+
+def key_of(problem: Problem, seed: int) -> Array:
+    """One that the problem's place in the grid does not change."""
+    return random.fold_in(random.key(seed), zlib.crc32(problem.name.encode()))
+
+
+def results_of(problem: Problem, prepared: Prepared, estimate: Estimate) -> list[Result]:
     """Analytic and sampled kernels of one problem."""
     estimated = problem.is_estimated
-    # A key that the problem's place in the grid does not change.
-    key = random.fold_in(random.key(seed), zlib.crc32(problem.name.encode()))
-    mean, stderr, n_draws = sample(problem, key, n_samples, devices, entries=estimated)
-    kernels = problem.analytic()
-    departures = problem.departure(kernels)
+    mean, stderr, n_draws = estimate
+    kernels, departures, _ = prepared
     results = []
     for i, (kernel, matrix) in enumerate(zip(("nngp", "ntk"), kernels, strict=True)):
         if estimated:
@@ -79,6 +105,7 @@ def settings(arguments: argparse.Namespace, devices: list[Any]) -> dict[str, Any
     """What a saved result depends on: only results with the same are continued."""
     return {
         "samples": arguments.samples,
+        "seconds": arguments.seconds,
         "seed": arguments.seed,
         "quick": arguments.quick,
         "devices": [f"{d.platform} ({d.device_kind})" for d in devices],
@@ -107,19 +134,41 @@ def save(path: Path, given: dict[str, Any], results: Iterable[Result]) -> None:
     beside.replace(path)
 
 
+def grid(quick: bool) -> list[Problem]:
+    return [*layer_problems(quick), *network_problems(quick)]
+
+
 def run(arguments: argparse.Namespace, devices: list[Any]) -> list[Result]:
-    """Results of the whole grid, those on file among them."""
+    """Results of the whole grid, or of what there was time for, those on file among them."""
     given = settings(arguments, devices)
-    problems = [*layer_problems(arguments.quick), *network_problems(arguments.quick)]
-    done = [] if arguments.restart else load(arguments.output, given)
-    known = {result.name for result in done}
-    bar = tqdm(problems, unit="kernel pair", disable=arguments.no_progress, file=sys.stderr)
-    for problem in bar:
-        bar.set_postfix_str(problem.name)
-        if problem.name not in known:
-            done += results_of(problem, arguments.seed, arguments.samples, devices)
-            save(arguments.output, given, done)
-    return done
+    on_file = [] if arguments.restart else load(arguments.output, given)
+    done: dict[str, list[Result]] = {}
+    for result in on_file:
+        done.setdefault(result.name, []).append(result)
+    new = [problem for problem in grid(arguments.quick) if problem.name not in done]
+    end = float("inf") if arguments.seconds is None else time.monotonic() + arguments.seconds
+    rounds: Iterable[Sequence[Problem]] = [new]
+    if arguments.seconds is not None and (again := [p for p in new if not p.is_biased]):
+        rounds = itertools.chain([new], itertools.repeat(again))
+    estimates: dict[str, Estimate] = {}
+    # Where cores are many, most of the time goes into compiling, otherwise.
+    pool = ThreadPoolExecutor(cores())
+    try:
+        coming = {p.name: pool.submit(prepare, p, arguments.samples, devices) for p in new}
+        for n, problems in enumerate(rounds):
+            for problem in steps(problems, lambda p: p.name, quiet=arguments.no_progress):
+                name = problem.name
+                prepared = coming[name].result()
+                if time.monotonic() > end:
+                    return list(itertools.chain.from_iterable(done.values()))
+                drawn = prepared.sampler.draw(key_of(problem, arguments.seed + n))
+                known = estimates.get(name)
+                estimates[name] = drawn if known is None else known.with_more(drawn)
+                done[name] = results_of(problem, prepared, estimates[name])
+                save(arguments.output, given, itertools.chain.from_iterable(done.values()))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return list(itertools.chain.from_iterable(done.values()))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -130,10 +179,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="(JAX's default)")
     parser.add_argument("--samples", type=int, help="a setting (CPU: 1e6, quick 1e5; else 1e8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="rounds over the grid, each of so many samples, until then; ends the first one, too",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(0; a second round has the next one)")
     parser.add_argument("--quick", action="store_true", help="a small grid, one minute")
     parser.add_argument("--output", type=Path, help=f"result file ({RESULTS}/accuracy.json)")
     parser.add_argument("--restart", action="store_true", help="use no saved results")
+    parser.add_argument("--beside", type=Path, help="result file to set the results beside")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
         "--perturb",
@@ -159,6 +214,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def pictures(results: list[Result], output: Path) -> list[Path]:
+    """Of a run, beside its results: where they are, or none without matplotlib."""
+    try:
+        from benchmarks.accuracy.figures import draw_all
+    except ModuleNotFoundError as error:
+        progress(f"No figures: {error}")
+        return []
+    return draw_all(results, output.parent, output.stem)
+
+
 def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_enable_x64", True)
     arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -172,8 +237,14 @@ def main(argv: list[str] | None = None) -> int:
         else:
             checks = verdict(results)
             parts = ["# Accuracy", environment(COMMAND, arguments.given)]
-            paths = draw_all(results, arguments.output.parent, arguments.output.stem)
+            if len(results) < 2 * (n := len(grid(arguments.quick))):
+                parts.append(f"There was time for {len(results) // 2} of {n} problems.")
+            paths = pictures(results, arguments.output)
             parts += sections(results, checks, arguments.samples, arguments.seed, paths)
+            if arguments.beside:
+                other = json.loads(arguments.beside.read_text())
+                theirs = [Result(**result) for result in other["results"]]
+                parts.append(beside_section(results, theirs, other["settings"]))
             publish(parts, arguments.output.with_suffix(".md"))
     failed = [check.name for check in checks if not check.passed]
     for name in failed:

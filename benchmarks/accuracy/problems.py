@@ -98,6 +98,11 @@ class LayerProblem:
         return errors.promised(quantities[self.axis, kernel], max(self.var1, self.var2))
 
     @property
+    def is_biased(self) -> bool:
+        """Whether more draws of the same units would show that these are finitely many."""
+        return self.axis == WIDTH
+
+    @property
     def n_positions(self) -> int:
         return self.size if self.axis in (POSITIONS, ATTENTION) else 1
 
@@ -252,6 +257,8 @@ class NetworkProblem:
     width: int
 
     is_estimated = False
+    # By more than the line in 1 / width, along which they are taken to the limit.
+    is_biased = True
 
     def tolerance(self, kernel: str) -> float:
         return 0.0

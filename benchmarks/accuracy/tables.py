@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,22 +24,51 @@ def checks_table(checks: Iterable[Check]) -> str:
     return table(["test", "found", "at least", "at most", "passed"], rows)
 
 
+GROUP_HEADER = ["number", "draws", "stderr", "largest difference", "mean z^2", "largest z"]
+
+
 def groups_table(results: list[Result]) -> str:
     """Scores and relative errors by group and kernel."""
+    rows = [[name, *group_row(of)] for name, of in groups(results).items()]
+    return table(["kernel", *GROUP_HEADER], rows)
+
+
+def groups(results: list[Result]) -> dict[str, list[Result]]:
+    """Results of layers by kernel and group."""
+    by_name: dict[str, list[Result]] = {}
+    for r in results:
+        if not r.of_network:
+            by_name.setdefault(f"{r.kernel}, {r.group}", []).append(r)
+    return by_name
+
+
+def group_row(of: list[Result]) -> list[str]:
+    z = np.array([r.score for r in of])
+    stderr = np.median([r.stderr / r.scale for r in of])
+    error = max(abs(r.analytic - r.mean) / r.scale for r in of)
+    row = [f"{len(of)}", f"{min(r.n_draws for r in of):,}", f"{stderr:.0e}", f"{error:.1e}"]
+    exact = of[0].tolerance == 0
+    return row + ([f"{np.mean(z**2):.2f}", f"{np.max(np.abs(z)):.2f}"] if exact else ["", ""])
+
+
+def beside_section(results: list[Result], others: list[Result], settings: dict[str, Any]) -> str:
+    """Both on the problems that both have, and how far their analytic kernels are apart."""
+    analytic = {(r.name, r.kernel): r.analytic for r in others}
+    common = [r for r in results if (r.name, r.kernel) in analytic]
+    names = {r.name for r in common}
+    there = groups([r for r in others if r.name in names])
     rows = []
-    groups = dict.fromkeys((r.group, r.kernel) for r in results if not r.of_network)
-    for group, kernel in groups:
-        of = [r for r in results if (r.group, r.kernel) == (group, kernel)]
-        z = np.array([r.score for r in of])
-        stderr = np.median([r.stderr / r.scale for r in of])
-        error = max(abs(r.analytic - r.mean) / r.scale for r in of)
-        exact = of[0].tolerance == 0
-        row = [f"{kernel}, {group}", f"{len(of)}", f"{min(r.n_draws for r in of):,}"]
-        row += [f"{stderr:.0e}", f"{error:.1e}"]
-        row += [f"{np.mean(z**2):.2f}", f"{np.max(np.abs(z)):.2f}"] if exact else ["", ""]
-        rows.append(row)
-    header = ["kernel", "number", "draws", "stderr", "largest difference", "mean z^2", "largest z"]
-    return table(header, rows)
+    for name, of in groups(common).items():
+        pairs = zip(group_row(of), group_row(there[name]), strict=True)
+        row = [name, *(f"{here} / {other}" if here else "" for here, other in pairs)]
+        apart = max(abs(r.analytic - analytic[r.name, r.kernel]) / r.scale for r in of)
+        # Of an estimate what is compared is its worst entry, which may be another one there.
+        rows.append([*row, f"{apart:.0e}" if of[0].tolerance == 0 else ""])
+    explanation = BESIDE.format(
+        devices=", ".join(settings["devices"]),
+        versions=", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
+    )
+    return f"{explanation}\n\n{table(['kernel', *GROUP_HEADER, 'analytic'], rows)}"
 
 
 def departures_table(results: list[Result]) -> str:
@@ -95,6 +125,13 @@ Deviation of networks of finite width from the analytic kernel, relative, in tho
 standard errors. "limit" is the intercept of a weighted least-squares line in `1 / width`."""
 
 
+BESIDE = """\
+## Beside another run
+
+Here / on {devices} with {versions}, on the problems that both runs have; "analytic": largest
+difference between the analytic kernels of both, over the largest entry, where they are exact."""
+
+
 FIGURES = {
     "scores": "Histogram of the z-scores of exact kernels, and the standard normal density.",
     "orders": "Difference from softmax's kernel against the order, for ten classes: lines are "
@@ -129,12 +166,12 @@ A run that was interrupted goes on where it stopped, as long as code, versions, 
 number of samples are the same. The result file has every number, with all of these."""
 
 
-def figures_section(paths: Iterable[Path]) -> str:
-    parts = ["## Figures"]
+def figures_section(paths: Iterable[Path]) -> list[str]:
+    parts = []
     for path in paths:
         caption = FIGURES[path.stem.rpartition("-")[2]]
         parts.append(f"![{caption}]({path.name})\n\n{caption}")
-    return "\n\n".join(parts)
+    return ["## Figures", *parts] if parts else []
 
 
 def sections(
@@ -147,4 +184,4 @@ def sections(
     parts += [DEPARTURES, departures_table(results)]
     if any(r.of_network for r in results):
         parts += [NETWORKS, networks_table(results)]
-    return [*parts, figures_section(figures), LIMITS]
+    return [*parts, *figures_section(figures), LIMITS]
