@@ -6,10 +6,12 @@ JAX := 0.4.38
 OLDEST := .venv-jax-$(JAX)
 DOCS := .venv-docs
 BIN := $(VENV)/bin
+# Of `make gpu`: the extra that installs JAX for the GPU.
+CUDA := cuda12
 EXECUTE := true
 
 .PHONY: setup demo transformer test test-all test-slow test-oldest test-install check format derivations docs \
-	benchmark accuracy large-kernel build clean
+	benchmark accuracy gpu large-kernel build clean
 
 setup: $(VENV)/.installed
 
@@ -69,6 +71,11 @@ benchmark: setup
 # Goes on with what an interrupted run has saved; ACCURACY holds options, such as --quick.
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
+
+# Nine minutes on a machine with a GPU; GPU holds options, such as --only attention.
+gpu: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'jax[$(CUDA)]'
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 # Into ./kernel; after an interruption, on from there. OPTIONS has more, such as --scheduler.
 large-kernel: setup

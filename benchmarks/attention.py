@@ -92,19 +92,21 @@ def sampling_table(sizes: tuple[int, ...], n_samples: int) -> str:
     return table(["tokens", "variance", "NNGP", "NTK"], rows)
 
 
-def layer(causal: bool) -> Any:
-    attention = stax.GlobalSelfAttention(8, 8, 8, 2, linear_scaling=False, causal=causal)
+def layer(causal: bool, method: Any = None) -> Any:
+    attention = stax.GlobalSelfAttention(
+        8, 8, 8, 2, linear_scaling=False, causal=causal, method=method
+    )
     return stax.serial(stax.Dense(8), attention)[2]
 
 
-def compiled(size: int, n: int, get: Any, causal: bool, varying: bool) -> Any:
+def compiled(size: int, n: int, get: Any, causal: bool, varying: bool, method: Any = None) -> Any:
     """The layer's kernel of two times `n` inputs."""
     x = np.random.default_rng(size).standard_normal((2, n, size, 2 * size))
     x *= np.sqrt(2 * size) / np.linalg.norm(x, axis=-1, keepdims=True)
     if varying:
         x *= np.linspace(0.6, 1.5, size)[:, None]
     x1, x2 = jnp.asarray(x, jnp.float32)
-    kernel_fn = layer(causal)
+    kernel_fn = layer(causal, method)
     function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, get)).lower(x1, x2).compile()
     return functools.partial(function, x1, x2)
 

@@ -61,6 +61,7 @@ def scores(p: Any, labels: np.ndarray) -> list[str]:
     return [f"{np.mean(p.argmax(1) == labels):.1%}", f"{likelihood:.4f}"]
 
 
+FIT = ["iterations", "residual", "time (s)", "log evidence", "accuracy", "NLL"]
 Data = tuple[np.ndarray, np.ndarray]  # inputs and labels
 
 
@@ -125,8 +126,7 @@ def digits(sizes: tuple[int, ...]) -> str:
     x = images - images.mean(0)
     x = x / np.sqrt((x**2).mean())
     rows = [row for n in sizes for row in rows_of(n, x, labels)]
-    header = ["", "inputs", "iterations", "residual", "time (s)", "log evidence", "accuracy", "NLL"]
-    return table(header, rows)
+    return table(["", "inputs", *FIT], rows)
 
 
 INDUCING = """\

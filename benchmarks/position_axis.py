@@ -90,11 +90,20 @@ def ntk_table(sizes: tuple[int, ...], n_samples: int) -> str:
     return table(["positions", "variance", *header], rows)
 
 
-def kernel(size: int, order: int | None, get: str | tuple[str, ...], dtype: Any, n: int) -> Any:
+def kernel(
+    size: int,
+    order: int | None,
+    get: str | tuple[str, ...],
+    dtype: Any,
+    n: int,
+    method: Any = None,
+) -> Any:
     """The layer's kernel of two times `n` inputs, compiled."""
-    layer = stax.TaylorSoftmax(order, axis=1)
+    layer = stax.TaylorSoftmax(order, axis=1, method=method)
     kernel_fn = stax.serial(stax.Conv(8, (1,)), layer)[2]
-    x1, x2 = (random.normal(random.key(i), (n, size, 2 * size), dtype) for i in (1, 2))
+    # The same in both precisions.
+    shape = n, size, 2 * size
+    x1, x2 = (random.normal(random.key(i), shape, np.float32).astype(dtype) for i in (1, 2))
     function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, get)).lower(x1, x2).compile()
     return functools.partial(function, x1, x2)
 

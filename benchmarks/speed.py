@@ -69,7 +69,12 @@ def logits(n_classes: int, x: Array) -> Any:
     return stax.Dense(n_classes)[2](x, x[::-1])
 
 
-def layers(n: int, repetitions: int, classes: tuple[int, ...]) -> Iterator[str]:
+def layers(
+    n: int,
+    repetitions: int,
+    classes: tuple[int, ...],
+    orders: tuple[int | None, ...] = ORDERS,
+) -> Iterator[str]:
     """Time and memory of the layer alone over those of Erf, in one run."""
     for x64 in (False, True):
         dtype, rows = precision(x64), []
@@ -77,7 +82,7 @@ def layers(n: int, repetitions: int, classes: tuple[int, ...]) -> Iterator[str]:
         for n_classes in classes:
             kernels = {spread: logits(n_classes, x[spread]) for spread in SPREADS}
             erf, erf_size = compiled(stax.Erf(), n_classes, x["equal"])
-            for order in ORDERS:
+            for order in orders:
                 progress(f"{np.dtype(dtype).name}, {n_classes} classes, {name(order)}")
                 one, size = compiled(softmax(order), n_classes, x["equal"])
                 row, times = [f"{name(order)}, {n_classes}"], {"erf": 0.0}

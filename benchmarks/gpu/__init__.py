@@ -1,0 +1,1 @@
+"""What a GPU is good for here, measured with one command: `python -m benchmarks.gpu`."""
