@@ -12,10 +12,10 @@ from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._probabilities import correlated, log_normalizer, rows
 from taylor_softmax._probabilities import moments as class_moments
+from taylor_softmax._probabilities.arguments import InducingKernels
 from taylor_softmax._probabilities.posterior import (
     CategoricalPosterior,
     ClassPosterior,
-    InducingKernels,
     LogitPosterior,
     categorical_inference,
     categorical_log_evidence,
@@ -159,7 +159,9 @@ def expected_log_normalizer(
 def class_posterior(gaussian: Any, *, order: Validated[int | None] = None) -> ClassPosterior:
     """Class probabilities of a posterior over logits as neural-tangents returns it.
 
-    For a network without its last softmax, whose outputs are independent over classes:
+    Of a network without its last softmax, whose outputs are independent over classes. Predictions
+    from the kernel of its probabilities, behind the softmax, are no logits, which nothing here can
+    tell: make `kernel_fn` of the layers up to `Dense(n_classes)`.
 
         predict_fn = nt.predict.gradient_descent_mse_ensemble(kernel_fn, x_train, y_train)
         posterior = class_posterior(predict_fn(x_test=x_test, get="ntk", compute_cov=True))
@@ -181,11 +183,12 @@ def class_posterior(gaussian: Any, *, order: Validated[int | None] = None) -> Cl
     """
     if not (hasattr(gaussian, "mean") and hasattr(gaussian, "covariance")):
         kinds = [kind for kind in ("nngp", "ntk") if hasattr(gaussian, kind)]
-        hint = (
-            f" It holds one result per kernel: pass `gaussian.{kinds[0]}`."
-            if kinds
-            else " Ask the predict function for it with `compute_cov=True` or `k_test_test`."
-        )
+        if hasattr(gaussian, "is_gaussian"):
+            hint = " It is a kernel: pass what a predict function returns given it."
+        elif kinds:
+            hint = f" It holds one result per kernel: pass `gaussian.{kinds[0]}`."
+        else:
+            hint = " Ask the predict function for it with `compute_cov=True` or `k_test_test`."
         raise TypeError(
             "`gaussian` must have `mean` and `covariance`, got "
             f"{type(gaussian).__name__} without them.{hint}"

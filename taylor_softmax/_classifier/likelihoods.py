@@ -11,12 +11,9 @@ import jax
 import numpy as np
 
 from taylor_softmax._probabilities import regression
+from taylor_softmax._probabilities.arguments import InducingKernels
 from taylor_softmax._probabilities.inference import Sites, bound
-from taylor_softmax._probabilities.posterior import (
-    CategoricalPosterior,
-    InducingKernels,
-    categorical_inference,
-)
+from taylor_softmax._probabilities.posterior import CategoricalPosterior, categorical_inference
 from taylor_softmax._probabilities.priors import Exact
 
 Kernels = np.ndarray | InducingKernels

@@ -1,8 +1,10 @@
 """Checks of arguments that several modules take."""
 
 import operator
+import reprlib
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -24,6 +26,30 @@ else:
             return Any
 
 
+class _OneLine(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        if getattr(x, "shape", None) and hasattr(x, "dtype"):
+            return f"an array of shape {tuple(x.shape)} and dtype {x.dtype}"
+        text = repr(x)
+        return text if len(text) <= 60 and "\n" not in text else f"{type(x).__name__}(...)"
+
+
+shown = _OneLine().repr
+"""A value for a message, on one line: of arrays shape and dtype, of long values a part."""
+
+
+def summary(record: Any) -> str:
+    """The `repr` of a named tuple or dataclass of arrays, on one line."""
+    names = getattr(record, "_fields", None) or record.__dataclass_fields__
+    fields = ", ".join(f"{name}={_briefly(getattr(record, name))}" for name in names)
+    return f"{type(record).__name__}({fields})"
+
+
+def _briefly(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"{value.dtype}{list(shape)}" if shape else shown(value)
+
+
 def check_integer(name: str, value: Any, *, least: int, hint: str = "") -> int:
     """Returns `value`, the argument `name`, as an `int`, or says what is wrong with it.
 
@@ -32,7 +58,7 @@ def check_integer(name: str, value: Any, *, least: int, hint: str = "") -> int:
       ValueError: it is less than `least`.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.{hint}")
+        raise TypeError(f"`{name}` must be an integer, got {shown(value)}.{hint}")
     if (integer := operator.index(value)) < least:
         raise ValueError(f"`{name}` must be at least {least}, got {integer}.{hint}")
     return integer
@@ -59,9 +85,12 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
         try:
             if value is None or isinstance(value, str | bytes):
                 raise TypeError("not a number")
-            array = jnp.asarray(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{hint} {value!r} of type {type(value).__name__}: {error}") from None
+            # What is concrete stays so, and can be checked, inside `jit` too.
+            with jax.ensure_compile_time_eval():
+                array = jnp.asarray(value)
+        except (TypeError, ValueError):
+            # Not with the error's own message, which may hold the whole value.
+            raise TypeError(f"{hint} {shown(value)} of type {type(value).__name__}.") from None
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise TypeError(f"{hint} dtype {array.dtype}. Pass its real part.")
         if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
@@ -69,10 +98,24 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
         arrays[name] = array
     dtype = jnp.result_type(float, *arrays.values())
     compute = jnp.promote_types(dtype, jnp.float32)
-    return [array.astype(compute) for array in arrays.values()], dtype
+    with jax.ensure_compile_time_eval():
+        return [array.astype(compute) for array in arrays.values()], dtype
 
 
-def check_entries(name: str, array: Array, valid: Array, must: str) -> Array:
+def concrete(array: Array) -> Any:
+    """`array` as one of NumPy, unless it is traced.
+
+    Checks of NumPy's arrays compile nothing, and take place inside `jit` too.
+    """
+    return array if isinstance(array, Tracer) else np.asarray(array)
+
+
+def namespace(*arrays: Any) -> Any:
+    """`numpy` where no array is one of JAX, otherwise `jax.numpy`."""
+    return jnp if any(isinstance(array, Array) for array in arrays) else np
+
+
+def check_entries(name: str, array: Any, valid: Any, must: str) -> Any:
     """`valid`, which says of every entry of `array` whether it is; or says which one is not.
 
     Of traced arrays nothing is known: callers make the results of entries that are not valid NaN.
@@ -91,9 +134,9 @@ def check_entries(name: str, array: Array, valid: Array, must: str) -> Array:
     return valid
 
 
-def check_variances(name: str, array: Array) -> Array:
+def check_variances(name: str, array: Any) -> Any:
     """Where variances are valid, nonnegative and finite; see `check_entries`."""
-    valid = jnp.isfinite(array) & (array >= 0)
+    valid = namespace(array).isfinite(array) & (array >= 0)
     return check_entries(name, array, valid, "nonnegative and finite")
 
 
@@ -114,9 +157,7 @@ def check_pairs(var1: Array, cov12: Array, var2: Array, *, dtype: DTypeLike) -> 
     return valid & check_covariances("cov12", cov12, var1, var2, slack, must)
 
 
-def check_covariances(
-    name: str, cov12: Array, var1: Array, var2: Array, slack: float, must: str
-) -> Array:
+def check_covariances(name: str, cov12: Any, var1: Any, var2: Any, slack: float, must: str) -> Any:
     """Where covariances are finite, and may be those of variables with these variances.
 
     Args:
@@ -125,11 +166,12 @@ def check_covariances(
     Raises:
       ValueError: an entry of a concrete array is not valid.
     """
-    finite = check_entries(name, cov12, jnp.isfinite(cov12), "finite")
-    largest = jnp.sqrt(jnp.maximum(var1, 0)) * jnp.sqrt(jnp.maximum(var2, 0))
+    xp = namespace(cov12, var1, var2)
+    finite = check_entries(name, cov12, xp.isfinite(cov12), "finite")
+    largest = xp.sqrt(xp.maximum(var1, 0)) * xp.sqrt(xp.maximum(var2, 0))
     # Rounding of a sum of terms is relative to the larger variance, where the other is small.
-    limit = (1 + slack) * largest + 1e-6 * jnp.maximum(var1, var2)
-    cov12, inside = jnp.broadcast_arrays(cov12, ~finite | ~(jnp.abs(cov12) > limit))
+    limit = (1 + slack) * largest + 1e-6 * xp.maximum(var1, var2)
+    cov12, inside = xp.broadcast_arrays(cov12, ~finite | ~(xp.abs(cov12) > limit))
     return finite & check_entries(name, cov12, inside, must)
 
 
@@ -171,7 +213,7 @@ def check_axes(axis: Any) -> int | tuple[int, ...]:
             axes.append(operator.index(value))
         except TypeError:
             raise TypeError(
-                f"`axis` must be an integer or a tuple of them, got {axis!r}."
+                f"`axis` must be an integer or a tuple of them, got {shown(axis)}."
             ) from None
     if not axes:
         raise ValueError("`axis` must name at least one axis, got none.")
@@ -185,7 +227,7 @@ def check_boolean(name: str, value: Any) -> bool:
       TypeError: it is not.
     """
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"`{name}` must be a boolean, got {value!r}.")
+        raise TypeError(f"`{name}` must be a boolean, got {shown(value)}.")
     return bool(value)
 
 

@@ -1,40 +1,40 @@
 """The posterior of logits given class labels, and what it says of test inputs."""
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from taylor_softmax._numerics.arguments import (
     Validated,
     as_real,
-    check_covariances,
     check_entries,
     check_integer,
     check_variances,
+    concrete,
+    summary,
 )
 from taylor_softmax._numerics.surrogate import Exponential
 from taylor_softmax._probabilities import inference
+from taylor_softmax._probabilities.arguments import (
+    InducingKernels,
+    KernelLike,
+    indefinite,
+    nan_unless,
+    read_cross,
+    read_observations,
+)
 from taylor_softmax._probabilities.inference import Sites
 from taylor_softmax._probabilities.moments import moments
-from taylor_softmax._probabilities.priors import Exact, Inducing, Prior
-
-# Of a kernel's asymmetry, over its largest entry: what rounding in float32 leaves.
-_SYMMETRY = 1e-4
-# Of a kernel between inputs, over the root of the product of their variances: more than estimates,
-# over positions and in attention, are off. What is beyond comes of two kernels, such as NNGP and
-# NTK, or of other inputs.
-_SLACK = 0.05
-_POSSIBLE = "a covariance of variables with the variances given: of one kernel, and the same inputs"
+from taylor_softmax._probabilities.priors import Exact, Prior
 
 
 class ClassPosterior(NamedTuple):
@@ -48,6 +48,9 @@ class ClassPosterior(NamedTuple):
     probabilities: Array
     covariance: Array | None
 
+    def __repr__(self) -> str:
+        return summary(self)
+
 
 class LogitPosterior(NamedTuple):
     """Gaussian posterior over logits, independent over classes; both `(N, C)`."""
@@ -55,27 +58,11 @@ class LogitPosterior(NamedTuple):
     mean: Array
     variance: Array
 
-
-class InducingKernels(NamedTuple):
-    """What stands for an `N x N` kernel that would be too large: kernels of `M` inducing inputs.
-
-    Inducing inputs are of the kind of training inputs, and best some of them: see
-    `choose_inducing`. `z = E[z | logits at the inducing inputs] + r`, and of `r` the prior is kept.
-    The bound of the evidence stays one, and is the higher the more of them there are; with all
-    training inputs for inducing ones it is that of the whole kernel.
-
-    Attributes:
-      k_inducing_inducing: their kernel, `(M, M)`.
-      k_inducing_train: with the training inputs, `(M, N)`.
-      k_train_train: variances at the training inputs, `(N,)`: the diagonal of their kernel.
-    """
-
-    k_inducing_inducing: ArrayLike
-    k_inducing_train: ArrayLike
-    k_train_train: ArrayLike
+    def __repr__(self) -> str:
+        return summary(self)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CategoricalPosterior:
     """The posterior `q(z) = prod_c N(K alpha_c, (K^-1 + diag omega_c)^-1)` over logits.
 
@@ -89,6 +76,8 @@ class CategoricalPosterior:
       residual: how far from the optimum: see `categorical_inference`.
       history: bound and residual by iteration, `(iterations, 2)`.
       prior: what was given of the kernel, as inference has it.
+      get: "nngp" or "ntk", which of them was taken from a `neural_tangents.Kernel`; None if the
+        kernel was an array.
     """
 
     log_evidence: Array
@@ -99,12 +88,21 @@ class CategoricalPosterior:
     residual: float
     history: np.ndarray
     prior: Prior
+    get: str | None
+
+    def __repr__(self) -> str:
+        n, n_classes = self.alpha.shape
+        return (
+            f"CategoricalPosterior({n} inputs, {n_classes} classes, "
+            f"log_evidence={float(self.log_evidence):.6g}, converged={self.converged}, "
+            f"iterations={self.iterations}, residual={self.residual:.1e})"
+        )
 
     @overload
     def __call__(
         self,
-        k_test_train: Validated[ArrayLike],
-        k_test_test: Validated[ArrayLike],
+        k_test_train: Validated[KernelLike],
+        k_test_test: Validated[KernelLike],
         *,
         covariance: Validated[bool] = False,
         latent: Literal[False] = False,
@@ -112,20 +110,22 @@ class CategoricalPosterior:
     @overload
     def __call__(
         self,
-        k_test_train: Validated[ArrayLike],
-        k_test_test: Validated[ArrayLike],
+        k_test_train: Validated[KernelLike],
+        k_test_test: Validated[KernelLike],
         *,
         latent: Literal[True],
     ) -> LogitPosterior: ...
     def __call__(
         self,
-        k_test_train: Validated[ArrayLike],
-        k_test_test: Validated[ArrayLike],
+        k_test_train: Validated[KernelLike],
+        k_test_test: Validated[KernelLike],
         *,
         covariance: Validated[bool] = False,
         latent: bool = False,
     ) -> ClassPosterior | LogitPosterior:
         """Class probabilities at test inputs.
+
+        Kernels of the logits, as in `categorical_inference`: arrays, or what `kernel_fn` returns.
 
         Args:
           k_test_train: kernel of test with training inputs, `(T, N)`, or with inducing inputs,
@@ -136,37 +136,23 @@ class CategoricalPosterior:
 
         Raises:
           TypeError: the kernel is complex, or no array of numbers.
-          ValueError: shapes don't match, the kernel is not finite, or has covariances that its
-            variances don't allow.
+          ValueError: shapes don't match, the kernel is not finite, has covariances that its
+            variances don't allow, or is not that of the logits. Of a test input whose kernel is
+            traced the results are NaN instead.
         """
-        (cross, prior), dtype = as_real(k_test_train=k_test_train, k_test_test=k_test_test)
-        if isinstance(self.prior, Inducing):
-            n, kind, name = len(self.prior.weights), "inducing", "x_inducing"
-        else:
-            n, kind, name = len(self.alpha), "training", "x_train"
-        if cross.ndim != 2 or cross.shape[1] != n:
-            raise ValueError(
-                f"`k_test_train` must have shape (T, {n}) for {n} {kind} inputs, got "
-                f"{cross.shape}. Test inputs come first: `kernel_fn(x_test, {name})`."
-            )
-        n_test = len(cross)
-        if prior.shape not in ((n_test,), (n_test, n_test)):
-            raise ValueError(
-                f"`k_test_test` must have shape ({n_test}, {n_test}) or ({n_test},), its diagonal, "
-                f"got {prior.shape}."
-            )
-        prior = jnp.diagonal(prior) if prior.ndim == 2 else prior
-        check_variances("k_test_test", prior)
-        own = self.prior.own_variance
-        check_covariances("k_test_train", cross, prior[:, None], own, _SLACK, _POSSIBLE)
-        logits = _latent(self.prior, Sites(self.alpha, self.site_precision), cross, prior)
+        cross, variance, valid, dtype = read_cross(k_test_train, k_test_test, self.prior, self.get)
+        logits = _latent(self.prior, Sites(self.alpha, self.site_precision), cross, variance)
         # Half precision comes back as it came.
         half = jnp.finfo(dtype).bits < 32
-        as_given = functools.partial(jax.tree.map, lambda x: x.astype(dtype) if half else x)
+
+        def as_given(x: Array) -> Array:
+            x = nan_unless(valid, x)
+            return x.astype(dtype) if half else x
+
         if latent:
-            return as_given(logits)
+            return jax.tree.map(as_given, logits)
         result = moments(*logits, Exponential(), covariance)
-        return as_given(ClassPosterior(result.mean, result.covariance))
+        return jax.tree.map(as_given, ClassPosterior(result.mean, result.covariance))
 
 
 @jax.jit
@@ -233,7 +219,7 @@ def choose_inducing(
 
 
 def categorical_inference(
-    k_train_train: Validated[ArrayLike | InducingKernels],
+    k_train_train: Validated[KernelLike | InducingKernels],
     y_train: Validated[ArrayLike],
     *,
     n_classes: Validated[int | None] = None,
@@ -260,9 +246,12 @@ def categorical_inference(
 
     Args:
       k_train_train: kernel of the logits at the training inputs, `(N, N)`: "nngp" for the
-        posterior of the network itself. The kernel of a network up to its softmax, not of its
-        probabilities. Singular kernels need no jitter. Beyond some 3,000 inputs `InducingKernels`.
-      y_train: classes as integers `(N,)`, or one-hot or soft labels `(N, C)` that sum to 1.
+        posterior of the network itself. The kernel of the network up to `Dense(n_classes)`, without
+        its softmax: that of its probabilities is another, which an array does not tell. Or what
+        `kernel_fn` returns: of a `Kernel`, or of a tuple of both, the `nngp` is taken (pass its
+        `ntk` for the posterior under the NTK). Singular kernels need no jitter. Beyond some 3,000
+        inputs `InducingKernels`.
+      y_train: classes as integers `(N,)`, from 0, or one-hot or soft labels `(N, C)` that sum to 1.
       n_classes: number of classes of integer labels; by default the largest label and one.
       tol: what the residual has to fall to: the largest of `|y - p - alpha|`, and of what a change
         of the logarithm of a precision would do to twice the bound, in nats.
@@ -276,16 +265,20 @@ def categorical_inference(
       converged it says so, with a warning.
 
     Raises:
-      TypeError: labels are neither integers nor real, or the kernel is not real.
-      ValueError: the kernel is not square, symmetric or finite, labels are out of range, don't sum
-        to 1 or are not as many as inputs, or an option is out of range.
+      TypeError: labels are neither integers nor real, the kernel is not real, or one of them is
+        traced, as inside `jit`: take `categorical_log_evidence` there.
+      ValueError: the kernel is not square, symmetric, finite or positive semi-definite, or is a
+        `Kernel` of outputs that are not Gaussian; labels are out of range, don't sum to 1 or are
+        not as many as inputs; or an option is out of range.
     """
-    prior, y = prior_and_labels(k_train_train, y_train, n_classes)
-    check_integer("max_iterations", max_iterations, least=1)
-    if not 0 < damping <= 1:
-        raise ValueError(f"`damping` must be in (0, 1], got {damping}.")
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive, got {tol}.")
+    prior, y, get = read_observations(k_train_train, y_train, n_classes)
+    _check_options(tol, max_iterations, damping)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((prior, y))):
+        raise TypeError(
+            "`categorical_inference` got traced arguments, as inside `jit`, `grad` or `vmap`, "
+            "where it can't say whether it has converged. Call it outside, or take the bound "
+            "alone: `categorical_log_evidence`."
+        )
     start = _start(y, init)
     fit = inference.fit(
         prior,
@@ -296,6 +289,8 @@ def categorical_inference(
         damping=damping,
         report=_report if progress else None,
     )
+    if isinstance(prior, Exact) and not np.isfinite(fit.log_evidence):
+        raise indefinite("k_train_train", concrete(prior.kernel))
     residual, iterations = float(fit.residual), int(fit.iterations)
     converged = residual <= tol
     if not converged:
@@ -314,11 +309,12 @@ def categorical_inference(
         residual,
         np.asarray(fit.history[:iterations]),
         prior,
+        get,
     )
 
 
 def categorical_log_evidence(
-    k_train_train: Validated[ArrayLike | InducingKernels],
+    k_train_train: Validated[KernelLike | InducingKernels],
     y_train: Validated[ArrayLike],
     *,
     n_classes: Validated[int | None] = None,
@@ -339,14 +335,15 @@ def categorical_log_evidence(
     At its optimum over the posterior the bound's derivative in the kernel is that with the
     posterior held fixed: the gradient costs one more iteration, whatever their number. It is the
     first derivative only: second ones would miss how the posterior moves. Works under `jit`, where
-    labels have to be concrete or `n_classes` given, and arguments are not checked.
+    labels have to be concrete or `n_classes` given. What is traced and wrong gives NaN there.
 
     Args and errors are those of `categorical_inference`.
 
     Returns:
       The bound, a scalar, in nats.
     """
-    prior, y = prior_and_labels(k_train_train, y_train, n_classes)
+    prior, y, _ = read_observations(k_train_train, y_train, n_classes)
+    _check_options(tol, max_iterations, damping)
     fit = inference.fit(
         jax.lax.stop_gradient(prior),
         y,
@@ -356,6 +353,14 @@ def categorical_log_evidence(
         damping=damping,
     )
     return inference.bound(prior, y, jax.lax.stop_gradient(fit.sites))
+
+
+def _check_options(tol: Any, max_iterations: Any, damping: Any) -> None:
+    check_integer("max_iterations", max_iterations, least=1)
+    (tol, damping), _ = as_real(tol=tol, damping=damping)
+    tol, damping = concrete(tol), concrete(damping)
+    check_entries("tol", tol, tol > 0, "positive")
+    check_entries("damping", damping, (damping > 0) & (damping <= 1), "in (0, 1]")
 
 
 def _start(y: Array, init: CategoricalPosterior | None) -> Sites:
@@ -372,101 +377,3 @@ def _start(y: Array, init: CategoricalPosterior | None) -> Sites:
 
 def _report(iteration: Array, bound: Array, residual: Array) -> None:
     print(f"iteration {int(iteration)}: log evidence {bound:.6g}, residual {residual:.1e}")
-
-
-def prior_and_labels(
-    k_train_train: Validated[ArrayLike | InducingKernels],
-    y_train: Validated[ArrayLike],
-    n_classes: Validated[int | None],
-) -> tuple[Prior, Array]:
-    """The prior and labels `(N, C)` of its dtype, or what is wrong with them."""
-    if isinstance(k_train_train, InducingKernels):
-        prior = _inducing(k_train_train)
-    else:
-        (kernel,), dtype = as_real(k_train_train=k_train_train)
-        _check_kernel("k_train_train", kernel, dtype, "kernel_fn(x_train, None, 'nngp')")
-        prior = Exact(kernel)
-    variance = prior.variance
-    return prior, _labels(y_train, len(variance), n_classes).astype(variance.dtype)
-
-
-def _inducing(kernels: InducingKernels) -> Inducing:
-    (own, cross, variance), dtype = as_real(**kernels._asdict())
-    _check_kernel("k_inducing_inducing", own, dtype, "kernel_fn(x_inducing, None, 'nngp')")
-    if cross.ndim != 2 or cross.shape[0] != len(own) or not cross.size:
-        raise ValueError(
-            f"`k_inducing_train` must have shape ({len(own)}, N) for {len(own)} inducing inputs, "
-            f"got {cross.shape}. They come first: `kernel_fn(x_inducing, x_train)`."
-        )
-    if variance.shape != cross.shape[1:]:
-        raise ValueError(
-            f"`k_train_train` of `InducingKernels` must have shape {cross.shape[1:]}, the diagonal "
-            f"of the kernel at the training inputs, got {variance.shape}."
-        )
-    check_variances("k_train_train", variance)
-    of_inducing = jnp.diagonal(own)[:, None]
-    check_covariances("k_inducing_train", cross, of_inducing, variance, _SLACK, _POSSIBLE)
-    return Inducing.of(own, cross, variance)
-
-
-def _check_kernel(name: str, kernel: Array, dtype: DTypeLike, example: str) -> None:
-    """Raises a `ValueError` unless the kernel, given in `dtype`, is square and symmetric."""
-    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not len(kernel):
-        raise ValueError(
-            f"`{name}` must have shape (N, N) with N >= 1, got {kernel.shape}. Pass the "
-            f"kernel of the logits, `{example}`."
-        )
-    check_entries(name, kernel, jnp.isfinite(kernel), "finite")
-    if isinstance(kernel, Tracer):
-        return
-    asymmetry = float(jnp.max(jnp.abs(kernel - kernel.T)))
-    largest = float(jnp.max(jnp.abs(kernel)))
-    if asymmetry > max(_SYMMETRY, 2 * float(jnp.finfo(dtype).eps)) * largest:
-        raise ValueError(
-            f"`{name}` must be symmetric, got entries up to {largest:.3g} that differ "
-            f"from their mirror image by up to {asymmetry:.3g}."
-        )
-    if float(jnp.min(jnp.diagonal(kernel))) < 0:
-        raise ValueError(f"`{name}` must have variances on its diagonal, got negatives.")
-
-
-def _labels(y_train: Validated[ArrayLike], n: int, n_classes: Validated[int | None]) -> Array:
-    y = jnp.asarray(y_train)
-    if y.ndim == 2:
-        (y,), _ = as_real(y_train=y)
-    if y.ndim not in (1, 2) or len(y) != n:
-        raise ValueError(
-            f"`y_train` must have shape ({n},) or ({n}, C) for a kernel of {n} inputs, got "
-            f"{y.shape}."
-        )
-    if y.ndim == 1:
-        if not jnp.issubdtype(y.dtype, jnp.integer):
-            raise TypeError(
-                f"`y_train` of shape (N,) must be integers, the classes, got {y.dtype}."
-            )
-        concrete = not isinstance(y, Tracer)
-        if n_classes is None and not concrete:
-            raise ValueError("`n_classes` must be given where `y_train` is traced.")
-        least, largest = (int(jnp.min(y)), int(jnp.max(y))) if concrete else (0, 0)
-        n_classes = max(largest + 1, 2) if n_classes is None else n_classes
-        check_integer("n_classes", n_classes, least=2)
-        if least < 0 or largest >= n_classes:
-            raise ValueError(
-                f"`y_train` must be classes from 0 to {n_classes - 1}, got {least} to {largest}."
-            )
-        return jax.nn.one_hot(y, n_classes)
-    if (n_classes is not None and y.shape[1] != n_classes) or y.shape[1] < 2:
-        raise ValueError(
-            f"`y_train` must have {n_classes or 'two or more'} columns, a class each, got "
-            f"{y.shape}."
-        )
-    check_entries("y_train", y, jnp.isfinite(y), "finite")
-    if not isinstance(y, Tracer):
-        sums = np.asarray(jnp.sum(y, axis=1))
-        if np.min(y) < 0 or np.max(np.abs(sums - 1)) > 1e-4:
-            raise ValueError(
-                "`y_train` of shape (N, C) must be probabilities that sum to 1 over classes, got "
-                f"entries from {float(np.min(y)):.3g} and sums of {sums.min():.3g} to "
-                f"{sums.max():.3g}. One-hot labels for regression, shifted by their mean, are not."
-            )
-    return y

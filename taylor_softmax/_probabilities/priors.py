@@ -17,7 +17,7 @@ which have the same determinant and eigenvalues of at least 1: `V` needs no inve
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -97,6 +97,12 @@ class ExactGiven(NamedTuple):
         return jnp.sum(inner**2, axis=0)
 
 
+def jitter(inducing: Any) -> Any:
+    """What is added to the diagonal of `K_ZZ`; above 0 for logits without variance, too."""
+    info = jnp.finfo(inducing.dtype)
+    return _JITTER * len(inducing) * info.eps * inducing.diagonal().mean() + info.tiny
+
+
 class Inducing(NamedTuple):
     """The prior with `Phi`, `(M, N)`.
 
@@ -113,11 +119,8 @@ class Inducing(NamedTuple):
     @classmethod
     def of(cls, inducing: Array, cross: Array, variance: Array) -> "Inducing":
         """From `K_ZZ`, `K_ZX` and the diagonal of `K_XX`."""
-        m = len(inducing)
-        info = jnp.finfo(inducing.dtype)
-        # Above 0 for logits without variance, too.
-        jitter = _JITTER * m * info.eps * jnp.mean(jnp.diagonal(inducing)) + info.tiny
-        root = jnp.linalg.cholesky(inducing + jitter * jnp.eye(m, dtype=inducing.dtype))
+        added = jitter(inducing) * jnp.eye(len(inducing), dtype=inducing.dtype)
+        root = jnp.linalg.cholesky(inducing + added)
         return cls(root, solve_triangular(root, cross, lower=True), variance)
 
     @property

@@ -27,13 +27,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from taylor_softmax._numerics.surrogate import Exponential
+from taylor_softmax._probabilities.arguments import InducingKernels, KernelLike, read_observations
 from taylor_softmax._probabilities.inference import Sites
 from taylor_softmax._probabilities.moments import moments
-from taylor_softmax._probabilities.posterior import (
-    CategoricalPosterior,
-    InducingKernels,
-    prior_and_labels,
-)
+from taylor_softmax._probabilities.posterior import CategoricalPosterior
 from taylor_softmax._probabilities.priors import Prior
 
 # Standard deviation of the noise, of labels 0 and 1. Less noise fits as well, and is harder to
@@ -66,13 +63,15 @@ def log_evidence(prior: Prior, y: Array) -> tuple[Array, Sites]:
 
 
 def posterior(
-    k_train_train: ArrayLike | InducingKernels, labels: ArrayLike, n_classes: int
+    k_train_train: KernelLike | InducingKernels, labels: ArrayLike, n_classes: int
 ) -> CategoricalPosterior:
     """What `categorical_inference` returns, with targets for observations: without iterations."""
-    prior, y = prior_and_labels(k_train_train, labels, n_classes)
+    prior, y, get = read_observations(k_train_train, labels, n_classes)
     value, sites = _log_evidence(prior, y)
     history = np.array([[value, 0.0]])
-    return CategoricalPosterior(value, sites.alpha, sites.precision, True, 1, 0.0, history, prior)
+    return CategoricalPosterior(
+        value, sites.alpha, sites.precision, True, 1, 0.0, history, prior, get
+    )
 
 
 _log_evidence = jax.jit(log_evidence)
