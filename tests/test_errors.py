@@ -13,7 +13,7 @@ pytestmark = pytest.mark.quick
 
 
 def test_promises_weaken_with_the_variance():
-    for quantity in errors.UNITS:
+    for quantity in {promise.quantity for promise in errors.PROMISES}:
         rows = [promise for promise in errors.PROMISES if promise.quantity == quantity]
         assert rows
         assert [p.variance for p in rows] == sorted(p.variance for p in rows)
@@ -35,7 +35,18 @@ def test_look_up_at_the_edges():
         errors.promised(many[1], 1.1e6)
 
 
-def test_the_docs_show_this_table():
+def test_every_promise_stands_in_one_small_table():
+    shown = [quantity for table in errors.TABLES for quantity in table.quantities]
+    assert len(set(shown)) == len(shown)
+    assert set(shown) == {promise.quantity for promise in errors.PROMISES}
+    assert max(len(table.quantities) for table in errors.TABLES) <= 10
+    text = errors.markdown()
+    assert "| order 2 over classes, NNGP | 2e-7 / 1e-4 | 3e-6 / 5e-4 |" in text
+    # Of other variances than those of its own rows: the next larger one's, or nothing.
+    assert f"| {errors.CORRELATED} | 1e-4 | 1e-3 | 4e-3 | - |" in text
+
+
+def test_the_docs_show_these_tables():
     docs = pathlib.Path(__file__).parents[1] / "docs" / "promises.md"
     assert errors.markdown() in docs.read_text()
 

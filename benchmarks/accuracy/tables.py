@@ -180,7 +180,9 @@ def sections(
     """Of the report, in Markdown."""
     explanation = EXPLANATION.format(samples=n_samples, seed=seed, level=LEVEL)
     parts = ["## How", explanation, "## Verdict", checks_table(checks)]
-    parts += ["## Scores", groups_table(results)]
+    # docs/promises.md shows this table, too.
+    marks = [f"<!-- --8<-- [{edge}:scores] -->" for edge in ("start", "end")]
+    parts += ["## Scores", marks[0], groups_table(results), marks[1]]
     parts += [DEPARTURES, departures_table(results)]
     if any(r.of_network for r in results):
         parts += [NETWORKS, networks_table(results)]

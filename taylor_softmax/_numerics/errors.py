@@ -19,7 +19,7 @@ class Promise(NamedTuple):
     Attributes:
       quantity: what it is of.
       variance: of the logits, up to which it holds.
-      float64, float32: the error in either precision, in the unit of `UNITS`.
+      float64, float32: the error in either precision, in the unit of its `Table`.
     """
 
     quantity: str
@@ -52,27 +52,49 @@ ATTENTION_VARYING = "attention, variances of tokens by a factor 6, NNGP and NTK"
 PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 classes"
 CORRELATED = "class probabilities and covariance of logits that covary, up to 30 classes"
 
-# What errors are relative to: over an axis of i.i.d. logits, the value at correlation 1.
-UNITS = {
-    **dict.fromkeys(
+
+class Table(NamedTuple):
+    """The promises of one layer, which the docs show together.
+
+    Attributes:
+      title: the layer, or what stands in its place.
+      unit: what its errors are relative to.
+      quantities: its rows.
+    """
+
+    title: str
+    unit: str
+    quantities: tuple[str, ...]
+
+
+TABLES = (
+    Table(
+        "Softmax over classes",
+        "relative to the value at correlation 1",
+        (SOFTMAX_VALUE, SOFTMAX_SLOPE, SOFTMAX_MANY_VALUE, SOFTMAX_MANY_SLOPE),
+    ),
+    Table(
+        "Taylor softmax over classes",
+        "relative to the value at correlation 1",
         (
-            *(SOFTMAX_VALUE, SOFTMAX_SLOPE, SOFTMAX_MANY_VALUE, SOFTMAX_MANY_SLOPE),
             *(CLOSED_FORM_VALUE, CLOSED_FORM_SLOPE),
             *(LOW_VALUE, LOW_SLOPE, LOW_FEW_SLOPE),
             *(HIGH_VALUE, HIGH_SLOPE, HIGH_MANY_VALUE, HIGH_MANY_SLOPE),
-            INFINITE_WIDTH,
         ),
-        "value at correlation 1",
     ),
-    POSITIONS_CLOSED_FORM: "largest entry",
-    POSITIONS_NNGP: "largest entry",
-    POSITIONS_NTK: "largest entry",
-    ATTENTION_NNGP: "largest entry",
-    ATTENTION_NTK: "largest entry",
-    ATTENTION_VARYING: "largest entry",
-    PROBABILITIES: "absolute",
-    CORRELATED: "absolute",
-}
+    Table("Infinite width", "relative to the value at correlation 1", (INFINITE_WIDTH,)),
+    Table(
+        "Softmax over positions",
+        "relative to the largest entry",
+        (POSITIONS_CLOSED_FORM, POSITIONS_NNGP, POSITIONS_NTK),
+    ),
+    Table(
+        "Attention",
+        "relative to the largest entry",
+        (ATTENTION_NNGP, ATTENTION_NTK, ATTENTION_VARYING),
+    ),
+    Table("Class probabilities", "absolute", (PROBABILITIES, CORRELATED)),
+)
 
 # Over classes: of value and slope, that is of the NNGP beyond 1/n^2 and of the NTK's factor. A call
 # is as good as its largest variance allows.
@@ -165,12 +187,26 @@ def _scientific(x: float) -> str:
     return f"{x / 10**exponent:.2g}e{exponent}"
 
 
+def _cell(quantity: str, variance: float) -> str:
+    """The promise of both precisions, or a dash where nothing is promised."""
+    try:
+        errors = [promised(quantity, variance, dtype) for dtype in (jnp.float64, jnp.float32)]
+    except KeyError:
+        return "-"
+    return " / ".join(map(_scientific, sorted(set(errors))))
+
+
 def markdown() -> str:
-    """The table, for the README and the docs."""
-    lines = ["| largest error | variance up to | float64 | float32 | relative to |"]
-    lines.append("|---|--:|--:|--:|---|")
-    for quantity, variance, float64, float32 in PROMISES:
-        limit = "any" if math.isinf(variance) else f"{variance:,.0f}"
-        errors = f"{_scientific(float64)} | {_scientific(float32)}"
-        lines.append(f"| {quantity} | {limit} | {errors} | {UNITS[quantity]} |")
-    return "\n".join(lines)
+    """The promises, for the docs: a table for each layer, with variances as its columns."""
+    parts = []
+    for title, unit, quantities in TABLES:
+        variances = sorted({p.variance for p in PROMISES if p.quantity in quantities})
+        rows = [
+            f"| {unit}, up to variance | {' | '.join(f'{v:,.0f}' for v in variances)} |",
+            "|---|" + "--:|" * len(variances),
+        ]
+        for quantity in quantities:
+            cells = " | ".join(_cell(quantity, variance) for variance in variances)
+            rows.append(f"| {quantity} | {cells} |")
+        parts.append("\n".join([f"## {title}", "", *rows]))
+    return "\n\n".join(parts)
