@@ -10,15 +10,19 @@ BIN := $(VENV)/bin
 CUDA := cuda12
 EXECUTE := true
 
-.PHONY: setup demo transformer test test-all test-slow test-oldest test-install check format derivations docs \
-	benchmark accuracy gpu large-kernel build clean
+.PHONY: setup demo classification transformer test test-all test-slow test-oldest test-install check format \
+	derivations docs benchmark accuracy gpu large-kernel build clean
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.dev
 
-demo: setup
+# Examples need plots and digits, and nothing of what develops the library.
+demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py
 
-transformer: setup
+classification: $(VENV)/.examples
+	$(BIN)/python examples/classification.py
+
+transformer: $(VENV)/.examples
 	$(BIN)/python examples/transformer.py
 
 test: setup
@@ -89,10 +93,10 @@ clean:
 	rm -rf $(VENV) .venv-jax-* $(DOCS) dist site
 
 # uv reads `override-dependencies` from pyproject.toml, which keeps TensorFlow out; pip cannot.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.dev $(VENV)/.examples: $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$*]'
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml

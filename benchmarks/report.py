@@ -131,7 +131,7 @@ def run(
     on_gpu = jax.devices()[0].platform == "gpu"
     file = f"{command.rpartition('.')[2]}{'_gpu' if on_gpu else ''}.md"
     output = arguments.output or Path("benchmarks/results") / file
-    heading = f"# {title}{' on a GPU' if on_gpu else ''}"
+    heading = f"# Report: {title}{' on a GPU' if on_gpu else ''}"
     for each in arguments.only or parts:
         keep(each, [*parts[each](), environment(command, sys.argv[1:])], heading, parts, output)
     print(output.read_text(), end="")

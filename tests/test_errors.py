@@ -1,7 +1,6 @@
 """The table of promises: that it is one, and that what cites it does."""
 
 import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -49,11 +48,3 @@ def test_every_promise_stands_in_one_small_table():
 def test_the_docs_show_these_tables():
     docs = pathlib.Path(__file__).parents[1] / "docs" / "promises.md"
     assert errors.markdown() in docs.read_text()
-
-
-def test_the_readme_promises_nothing_else():
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    rows = [line for line in readme.splitlines() if line.startswith("| `")]
-    said = {float(number) for row in rows for number in re.findall(r"\d+(?:\.\d+)?e-\d+", row)}
-    assert said
-    assert said <= {promise.float64 for promise in errors.PROMISES}

@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
             print(checks_table(checks))
         else:
             checks = verdict(results)
-            parts = ["# Accuracy", environment(COMMAND, arguments.given)]
+            parts = ["# Report: Accuracy", environment(COMMAND, arguments.given)]
             if len(results) < 2 * (n := len(grid(arguments.quick))):
                 parts.append(f"There was time for {len(results) // 2} of {n} problems.")
             paths = pictures(results, arguments.output)
