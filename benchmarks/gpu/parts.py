@@ -239,7 +239,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args(argv)
     on_gpu = jax.devices()[0].platform == "gpu"
-    heading = "# On a GPU" if on_gpu else "# What the program for GPUs does without one"
+    heading = (
+        "# Report: all parts on a GPU"
+        if on_gpu
+        else "# Report: what the program for GPUs does without one"
+    )
     given = ["--only", arguments.part, *(["--quick"] if arguments.quick else [])]
     for lines in PARTS[arguments.part](arguments.quick):
         # The command of the whole, which a reader can repeat.
