@@ -38,6 +38,9 @@ __all__ = ["InfiniteNetworkClassifier"]
 
 # Where the hyperparameters of the default network start.
 _START = {"W_std": 2**0.5, "b_std": 0.3, "last_W_std": 3.0}
+# `tol` of the inference while hyperparameters are searched for: the evidence is off by about 0.1
+# nats, which is less than what ends the search.
+_ROUGHLY = 1e-2
 # How many training inputs have their whole kernel; how many inducing inputs stand for more.
 _MOST, _INDUCING = 2000, 500
 
@@ -146,19 +149,22 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         self._shape = X.shape[1:]
         self._scaling = _scaling(X) if self.network is None else None
         x = self._scaled(X)
+        likelihood = self._likelihood(labels, self.tol)
         if len(x) <= (self.n_inducing or _MOST):
             found = self._search(x, labels)
-            self._inputs, self.posterior_ = x, found.result
+            kernels, init = self._network().square(x, found.at), found.result
+            self._inputs = x
         else:
             n = self.n_inducing or _INDUCING
             drawn = np.random.default_rng(0).permutation(len(x))[:n]
             found = self._search(x[drawn], labels[drawn])
             self._inputs, kernels = self._inducing(x, found.at, n)
-            self.posterior_ = self._likelihood(labels).posterior(kernels)
-        self._scale = self._likelihood(labels).scale(self.posterior_)
+            init = None
+        self.posterior_ = likelihood.posterior(kernels, init)
+        self._scale = likelihood.scale(self.posterior_)
         self.hyperparameters_ = found.at
         self.log_evidence_ = float(self.posterior_.log_evidence)
-        self.n_iter_ = found.n_iter
+        self.n_iter_ = found.n_iter or self.posterior_.iterations
         self.converged_ = self.posterior_.converged and found.failure is None
         if found.failure is not None:
             self._warn(f"The optimizer has not converged: {found.failure}.")
@@ -242,11 +248,11 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         build = fully_connected if self.network is None else self.network
         return Network(build, len(self.classes_), self.get, self.mask_constant)
 
-    def _likelihood(self, labels: np.ndarray) -> Categorical | LeastSquares:
+    def _likelihood(self, labels: np.ndarray, tol: float) -> Categorical | LeastSquares:
         n = len(self.classes_)
         if self.inference == "least_squares":
             return LeastSquares(labels, n)
-        return Categorical(labels, n, self.tol, self.max_iterations, self.verbose > 1)
+        return Categorical(labels, n, tol, self.max_iterations, self.verbose > 1)
 
     def _start(self) -> dict[str, float]:
         """Values of the hyperparameters to start from."""
@@ -260,17 +266,21 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         return {name: float(value) for name, value in start.items()}
 
     def _search(self, x: np.ndarray, labels: np.ndarray) -> Maximum:
-        """Hyperparameters of the largest evidence of these inputs, and the posterior there."""
-        network, likelihood, start = self._network(), self._likelihood(labels), self._start()
+        """Hyperparameters of the largest evidence of these inputs, and roughly their posterior."""
+        start = self._start()
         if self.optimizer is None or not start:
-            posterior = likelihood.posterior(network.square(x, start))
-            return Maximum(start, posterior, posterior.iterations, None)
+            return Maximum(start, None, 0, None)
+        network = self._network()
+        likelihood = self._likelihood(labels, max(self.tol, _ROUGHLY))
         # From one value to the next the posterior changes little.
         last = None
 
         def evidence(at: dict[str, float]) -> tuple[float, dict[str, float], Any]:
             nonlocal last
             kernel = network.square(x, at)
+            if last is not None and not np.all(np.isfinite(kernel)):
+                # At the start it is the user's mistake, which the inference explains.
+                raise FloatingPointError(f"the kernel is not finite at {shown(at)}")
             last = likelihood.posterior(kernel, last)
             slopes = network.slopes(x, at, likelihood.slope(kernel, last))
             if self.verbose:

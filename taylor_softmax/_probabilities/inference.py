@@ -199,6 +199,28 @@ def initial_sites(y: Array) -> Sites:
     return Sites(jnp.zeros_like(y), curvature / max(1 - 1 / n_classes, 0.5))
 
 
+@jax.jit
+def carried_over(prior: Prior, before: Prior, sites: Sites) -> Sites:
+    """Where to start from with another prior: observations that stand for the likelihood stay.
+
+    They are of precision `omega` and value `m + alpha / omega`, and the posterior given them has
+
+        alpha' = (K' + diag omega^-1)^-1 (m + alpha / omega)
+               = (Id + diag(omega) K')^-1 (omega m + alpha),
+
+    where nothing is divided. With `alpha` itself kept, a kernel that is larger makes the means too
+    large by as much.
+    """
+
+    def of_class(each: tuple[Array, ...]) -> Array:
+        alpha, omega, mean = each
+        return prior.given(omega).damped(omega * mean + alpha)
+
+    columns = (sites.alpha.T, sites.precision.T, before.times(sites.alpha).T)
+    alpha = lax.map(of_class, columns).T
+    return Sites(alpha - jnp.mean(alpha, axis=1, keepdims=True), sites.precision)
+
+
 def _evaluate(
     prior: Prior, y: Array, sites: Sites
 ) -> tuple[Array, Callable[[], tuple[Sites, Array]]]:

@@ -279,7 +279,7 @@ def categorical_inference(
             "where it can't say whether it has converged. Call it outside, or take the bound "
             "alone: `categorical_log_evidence`."
         )
-    start = _start(y, init)
+    start = _start(prior, y, init)
     fit = inference.fit(
         prior,
         y,
@@ -363,7 +363,7 @@ def _check_options(tol: Any, max_iterations: Any, damping: Any) -> None:
     check_entries("damping", damping, (damping > 0) & (damping <= 1), "in (0, 1]")
 
 
-def _start(y: Array, init: CategoricalPosterior | None) -> Sites:
+def _start(prior: Prior, y: Array, init: CategoricalPosterior | None) -> Sites:
     """Sites to start from for labels `(N, C)`: those of `init`, if it has as many."""
     if init is None:
         return inference.initial_sites(y)
@@ -372,7 +372,10 @@ def _start(y: Array, init: CategoricalPosterior | None) -> Sites:
             f"`init` must have {y.shape[0]} inputs and {y.shape[1]} classes, got "
             f"{init.alpha.shape}."
         )
-    return Sites(init.alpha.astype(y.dtype), init.site_precision.astype(y.dtype))
+    before, sites = jax.tree.map(
+        lambda x: x.astype(y.dtype), (init.prior, Sites(init.alpha, init.site_precision))
+    )
+    return inference.carried_over(prior, before, sites)
 
 
 def _report(iteration: Array, bound: Array, residual: Array) -> None:
