@@ -331,6 +331,34 @@ def test_evidence_of_a_network():
 
 
 @pytest.mark.quick
+def test_start_from_another_kernel_keeps_the_sites():
+    """The posterior given observations that stand for the likelihood, by its definition."""
+    prior, labels, _ = problem(3, 12, 3, 4.0)
+    at = predict.categorical_inference(prior, labels, n_classes=3)
+    sites = inference.Sites(at.alpha, at.site_precision)
+    larger = Exact(jnp.asarray(9 * prior))
+    moved = inference.carried_over(larger, at.prior, sites)
+    alpha, omega = np.asarray(at.alpha), np.asarray(at.site_precision)
+    values = prior @ alpha + alpha / omega
+    want = np.stack(
+        [
+            np.linalg.solve(9 * prior + np.diag(1 / w), v)
+            for v, w in zip(values.T, omega.T, strict=True)
+        ],
+        1,
+    )
+    np.testing.assert_allclose(moved.alpha, want - want.mean(1, keepdims=True), atol=1e-9)
+    np.testing.assert_array_equal(moved.precision, omega)
+    # With the same kernel nothing moves.
+    same = inference.carried_over(at.prior, at.prior, sites)
+    np.testing.assert_allclose(same.alpha, alpha, atol=1e-3)
+    # As the steps of a search for hyperparameters are.
+    warm = predict.categorical_inference(1.3 * prior, labels, n_classes=3, init=at)
+    cold = predict.categorical_inference(1.3 * prior, labels, n_classes=3)
+    assert warm.iterations < cold.iterations
+    np.testing.assert_allclose(warm.log_evidence, cold.log_evidence, atol=1e-4)
+
+
 def test_not_converged_is_said(capsys):
     prior, labels, _ = problem(8, 12, 3, 10.0)
     with pytest.warns(UserWarning, match=r"not converged: after 2 iterations.*residual"):
