@@ -202,18 +202,19 @@ class Small:
     def run(self, *options, stop_after=None):
         """Exit status, and what was sampled."""
 
-        class Recorded(self.sampler):
-            def __init__(recorded, problem, *args, **kwargs):
-                super().__init__(problem, *args, **kwargs)
-                recorded.name = problem.name
+        sampled = self.sampled = []
 
-            def draw(recorded, key):
-                if len(self.sampled) == stop_after:
+        class Recorded(self.sampler):
+            def __init__(self, problem, *args, **kwargs):
+                super().__init__(problem, *args, **kwargs)
+                self.name = problem.name
+
+            def draw(self, key):
+                if len(sampled) == stop_after:
                     raise KeyboardInterrupt
-                self.sampled.append(recorded.name)
+                sampled.append(self.name)
                 return super().draw(key)
 
-        self.sampled = []
         self.monkeypatch.setattr(program, "Sampler", Recorded)
         given = ["--device", "cpu", "--samples", "50000", "--no-progress"]
         status = program.main([*given, "--output", str(self.path), *options])
