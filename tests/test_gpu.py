@@ -76,6 +76,7 @@ def test_limits_make_nine_minutes():
     assert program.SAMPLES >= 10**7
 
 
+@pytest.mark.quick
 def test_a_part_that_hangs_or_fails_ends_no_other(monkeypatch, tmp_path, capsys):
     scripts = {
         "attention": "import time; time.sleep(100)",

@@ -236,15 +236,18 @@ def main(argv: list[str] | None = None) -> int:
             print(checks_table(checks))
         else:
             checks = verdict(results)
-            parts = ["# Report: Accuracy", environment(COMMAND, arguments.given)]
+            where = " on a GPU" if devices[0].platform == "gpu" else ""
+            parts = [f"# Report: Accuracy{where}", environment(COMMAND, arguments.given)]
             if len(results) < 2 * (n := len(grid(arguments.quick))):
                 parts.append(f"There was time for {len(results) // 2} of {n} problems.")
             paths = pictures(results, arguments.output)
-            parts += sections(results, checks, arguments.samples, arguments.seed, paths)
+            beside = []
             if arguments.beside:
                 other = json.loads(arguments.beside.read_text())
                 theirs = [Result(**result) for result in other["results"]]
-                parts.append(beside_section(results, theirs, other["settings"]))
+                beside.append(beside_section(results, theirs, other["settings"]))
+            given = arguments.samples, arguments.seed
+            parts += sections(results, checks, *given, paths, beside)
             publish(parts, arguments.output.with_suffix(".md"))
     failed = [check.name for check in checks if not check.passed]
     for name in failed:

@@ -65,8 +65,7 @@ def beside_section(results: list[Result], others: list[Result], settings: dict[s
         # Of an estimate what is compared is its worst entry, which may be another one there.
         rows.append([*row, f"{apart:.0e}" if of[0].tolerance == 0 else ""])
     explanation = BESIDE.format(
-        devices=", ".join(settings["devices"]),
-        versions=", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
+        devices=", ".join(settings["devices"]), version=settings["versions"]["jax"]
     )
     return f"{explanation}\n\n{table(['kernel', *GROUP_HEADER, 'analytic'], rows)}"
 
@@ -128,7 +127,7 @@ standard errors. "limit" is the intercept of a weighted least-squares line in `1
 BESIDE = """\
 ## Beside another run
 
-Here / on {devices} with {versions}, on the problems that both runs have; "analytic": largest
+Here / on {devices} with jax {version}, on the problems that both runs have; "analytic": largest
 difference between the analytic kernels of both, over the largest entry, where they are exact."""
 
 
@@ -175,14 +174,19 @@ def figures_section(paths: Iterable[Path]) -> list[str]:
 
 
 def sections(
-    results: list[Result], checks: list[Check], n_samples: int, seed: int, figures: Iterable[Path]
+    results: list[Result],
+    checks: list[Check],
+    n_samples: int,
+    seed: int,
+    figures: Iterable[Path],
+    beside: Iterable[str] = (),
 ) -> list[str]:
-    """Of the report, in Markdown."""
+    """Of the report, in Markdown; those of `beside` stand next to the scores."""
     explanation = EXPLANATION.format(samples=n_samples, seed=seed, level=LEVEL)
     parts = ["## How", explanation, "## Verdict", checks_table(checks)]
     # docs/promises.md shows this table, too.
     marks = [f"<!-- --8<-- [{edge}:scores] -->" for edge in ("start", "end")]
-    parts += ["## Scores", marks[0], groups_table(results), marks[1]]
+    parts += ["## Scores", marks[0], groups_table(results), marks[1], *beside]
     parts += [DEPARTURES, departures_table(results)]
     if any(r.of_network for r in results):
         parts += [NETWORKS, networks_table(results)]
