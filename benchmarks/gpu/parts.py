@@ -40,8 +40,7 @@ LAYERS = """\
 ## Softmax over classes beside Erf
 
 NNGP and NTK of {n:,} x {n:,} inputs under `jit`, the layer alone on its logits' kernel: time over
-that of `stax.Erf`, which at this size is mostly that of starting it; columns as in the report of
-speed on a CPU."""
+that of `stax.Erf`; columns as in the report of speed on a CPU."""
 
 TILES = """\
 ## {n:,} inputs
