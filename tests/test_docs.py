@@ -143,10 +143,10 @@ def test_a_report_keeps_the_parts_that_are_not_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.quick
 def test_every_report_is_in_parts():
-    """The accuracy report, which has a program of its own, apart."""
+    """Those of accuracy, which has a program of its own, apart."""
     for path in (ROOT / "benchmarks" / "results").glob("*.md"):
         found = report.sections(path.read_text())
-        assert path.stem == "accuracy" or found, path
+        assert path.stem in ("accuracy", "accuracy_gpu") or found, path
         assert all("Command: `python -m benchmarks." in section for section in found.values())
 
 
