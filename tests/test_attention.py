@@ -312,7 +312,6 @@ def test_finite_networks(causal, n_networks, seen):
         assert stderr < seen * exact
 
 
-@pytest.mark.quick
 def test_values_are_averaged_without_logits():
     x = token_inputs(2, 5, 4, padding=False)
     *_, kernel_fn = attention_layer(W_query_std=0.0, W_value_std=1.3, b_std=0.2)

@@ -53,7 +53,6 @@ def batch_of(size, kinds=SHAPES, variance=1.0):
     return tuple(np.stack(covs) for covs in zip(*each, strict=True))
 
 
-@pytest.mark.quick(size=16)
 @pytest.mark.parametrize("size", [2, 16, 32])
 def test_order_2_sums(size):
     one, cross, two = batch_of(size)
@@ -87,7 +86,6 @@ def test_order_2_against_sampling(size):
     assert np.all(largest_z(wrong) > LARGEST_Z)
 
 
-@pytest.mark.quick(size=2)
 @pytest.mark.parametrize(("size", "dtype"), [(2, jnp.float64), (10, jnp.float32)])
 def test_order_2_of_independent_positions_is_the_class_kernel(size, dtype):
     a, c, b = 2.0, 1.1, 0.7
@@ -131,7 +129,6 @@ def test_order_2_of_proportional_positions_against_quadrature(variance, dtype):
 # Other orders and softmax.
 
 
-@pytest.mark.quick(order=None, variance=4.0)
 @pytest.mark.parametrize("order", [8, None])
 @pytest.mark.parametrize(("variance", "limit"), [(1.0, 2e-3), (4.0, 1e-2)])
 def test_other_orders_against_sampling(order, variance, limit):
@@ -166,7 +163,6 @@ def test_sums_to_one_and_is_the_same_every_time(order):
     np.testing.assert_allclose(np.sum(first), 1, atol=1e-6)
 
 
-@pytest.mark.quick(order=None)
 @pytest.mark.parametrize(
     ("order", "dtype"), [(2, jnp.float32), (8, jnp.float32), (None, jnp.float64)]
 )
@@ -287,7 +283,6 @@ def test_derivatives_are_those_of_the_moment(order):
 # Rounding.
 
 
-@pytest.mark.quick
 def test_two_positions_that_hardly_differ():
     logits = np.array([10, 10.001])
     cov = np.outer(logits, logits)
@@ -630,7 +625,6 @@ def test_masked_positions_leave_the_sum_for_every_set_of_axes(shape, axis):
     np.testing.assert_allclose(np.take(outputs, range(4), along), expected, atol=1e-12)
 
 
-@pytest.mark.quick
 def test_fully_masked_rows_are_finite():
     x = jnp.full((2, 6, 3), 100.0).at[1, :3].set(0.5)
     net = stax.serial(stax.Conv(4, (1,)), stax.Softmax(axis=1, method=QuasiMonteCarlo(64)))

@@ -38,7 +38,6 @@ VARIANCES = (0.01, 1.0, 2.5, 4.1, 10.0, 100.0)
 LIMITS = {jnp.float64: 1e-6, jnp.float32: 1e-5}
 
 
-@pytest.mark.quick(order=None, n_classes=10)
 @pytest.mark.parametrize(("order", "n_classes"), SETTINGS)
 def test_against_brute_force(order, n_classes):
     rng = np.random.default_rng(n_classes)
@@ -81,7 +80,6 @@ def test_a_wrong_variance_or_rule_is_noticed(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.quick(order=4)
 @pytest.mark.parametrize("order", [None, 2, 4])
 def test_brute_force_is_the_expectation_of_softmax(order):
     """The oracle against a grid in the logits that knows no Laplace transform."""
@@ -166,7 +164,6 @@ def test_many_classes_and_large_variances(variance):
             assert abs(float(single) - log_sum) < 1e-5 * max(1, abs(log_sum))
 
 
-@pytest.mark.quick(order=2, dtype=jnp.float32)
 @pytest.mark.parametrize("order", [None, 2, 8])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
 def test_small_variances_keep_their_digits(order, dtype):
@@ -253,7 +250,6 @@ def test_derivatives_of_the_log_normalizer():
     assert float((either[0] - either[1]) / 2e-4) == pytest.approx(float(got[1][2]), abs=1e-7)
 
 
-@pytest.mark.quick(order=None, dtype=jnp.float32)
 @pytest.mark.parametrize(
     ("order", "dtype"),
     [(None, jnp.float64), (None, jnp.float32), (2, jnp.float32), (8, jnp.float64)],
@@ -329,7 +325,6 @@ MEANS = np.array(
 VARIANCE_ROWS = np.array([*([v] * 5 for v in (0, 1e-12, 1e-3, 1, 1e3)), [0, 1e3, 1, 1e-12, 50]])
 
 
-@pytest.mark.quick(order=None)
 @pytest.mark.parametrize(
     ("order", "dtype"),
     [(None, jnp.float32), (2, jnp.float32), (4, jnp.float64), (32, jnp.float32)],

@@ -239,7 +239,6 @@ def test_layouts_agree(layer, entry_of, diagonal_batch, diagonal_spatial):
     np.testing.assert_allclose(full.nngp[entry], expected, rtol=1e-7)
 
 
-@pytest.mark.quick
 def test_same_inputs_twice():
     *_, kernel_fn = fully_connected(stax.TaylorSoftmax(2))
     alone, twice = kernel_fn(X1, None), kernel_fn(X1, X1)
@@ -249,7 +248,6 @@ def test_same_inputs_twice():
     assert not alone.is_gaussian
 
 
-@pytest.mark.quick
 def test_batched_equals_whole():
     # Of small variances: beyond, parts may take other routes, which agree to what is promised.
     x1, x2 = 0.5 * random.normal(random.key(8), (2, 8, 5))
@@ -284,7 +282,6 @@ def test_masks_pass_through():
 # JAX.
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("layer", [stax.TaylorSoftmax(2), stax.Softmax()])
 def test_hyperparameters_and_inputs_have_gradients(layer):
     def objective(w_std, b_std, x):
@@ -319,7 +316,6 @@ def test_sharded_inputs_give_a_sharded_kernel():
         np.testing.assert_allclose(result, getattr(whole, get), rtol=1e-10)
 
 
-@pytest.mark.quick
 def test_without_x64():
     """In a process of its own: the switch is global."""
     program = """

@@ -206,7 +206,6 @@ def test_integers_of_any_kind_are_axes(axis):
     np.testing.assert_allclose(nn.taylor_softmax(Z, axis=axis), jax.nn.softmax(Z), rtol=1e-12)
 
 
-@pytest.mark.quick(dtype=jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_computed_in_single(dtype):
     z = Z.astype(dtype)
@@ -228,7 +227,6 @@ def test_half_precision_is_computed_in_single(dtype):
         np.testing.assert_array_equal(got, function(single).astype(dtype))
 
 
-@pytest.mark.quick(dtype=jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_in_kernels_and_inference(dtype):
     x = jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)
@@ -257,7 +255,6 @@ def test_half_precision_in_kernels_and_inference(dtype):
     np.testing.assert_array_equal(got.probabilities, want.probabilities.astype(dtype))
 
 
-@pytest.mark.quick(dtype=jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_rounding_to_half_precision_is_no_wrong_call(dtype):
     """Of proportional logits, correlation 1, some covariances come out beyond `sqrt(a b)`."""
