@@ -24,7 +24,8 @@ import numpy as np
 import scipy.special
 from numpy.polynomial import chebyshev, hermite_e
 
-from taylor_softmax._class_axis import interpolant
+from taylor_softmax._class_axis import samples
+from taylor_softmax._class_axis.coordinates import Coordinates, n_classes_at
 from taylor_softmax._numerics.quadrature import chebyshev_rule, exponential_rule
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._numerics.surrogate import _quadratic_factors as quadratic_factors
@@ -49,12 +50,12 @@ class Design:
       variances, seconds, correlations, classes: numbers of Chebyshev nodes.
       scales: in the variance, of the scale.
       packing: errors that packing may make of slopes at variances up to each of
-        `interpolant.VARIANCES`.
+        `samples.VARIANCE_STEPS`.
       coarser: times as long as otherwise are steps of the rules for polynomials. Times 1.15, they
         are half the work, and leave 4e-5 (two classes) instead of 1e-6.
     """
 
-    coordinates: interpolant.Coordinates
+    coordinates: Coordinates
     largest: float
     variances: int
     seconds: int
@@ -75,20 +76,20 @@ def design(surrogate: Surrogate, *, near: bool) -> Design:
     million classes need nodes where sigma is about 5. The ridge is about 1 / order wide in
     log sigma, where sigma is about a third of the order.
     """
-    order, largest = surrogate.order, interpolant.span(surrogate, near=near)
+    order, largest = surrogate.order, samples.span(surrogate, near=near)
     if order is None:
-        coordinates = interpolant.Coordinates(4.0, 0.0, 1.4, 0.0)
+        coordinates = Coordinates(4.0, 0.0, 1.4, 0.0)
         counts, packing = (52, 52, 48, 24, 52), (3e-7, 3e-7, 1e-6, 1e-5)
     elif order == 2:
-        coordinates = interpolant.Coordinates(2.0, 0.2, 0.8, 0.75)
+        coordinates = Coordinates(2.0, 0.2, 0.8, 0.75)
         counts, packing = (44, 44, 46, 24, 44), (3e-8, 3e-8, 1e-7, 1e-6)
     elif near:
-        coordinates = interpolant.Coordinates(8.0, 0.05, 0.8, 3 / order**2)
+        coordinates = Coordinates(8.0, 0.05, 0.8, 3 / order**2)
         counts = (42, 42, 44, 22, 42) if order <= 8 else (36, 36, 40, 20, 36)
         packing = 3e-7, 3e-7, 3e-7, 3e-7
     else:
         knee, ridge = 3 + order / 16, 2 + order / 2
-        coordinates = interpolant.Coordinates(knee, 0.04, 0.8, 24 / order**2, ridge)
+        coordinates = Coordinates(knee, 0.04, 0.8, 24 / order**2, ridge)
         packing = (3e-6, 3e-6, 6e-6, 3e-5) if order <= 8 else (1e-5, 1e-5, 2e-5, 1e-4)
         return Design(coordinates, largest, 42, 42, 38, 20, 56, packing, coarser=1.15)
     return Design(coordinates, largest, *counts, packing)
@@ -108,14 +109,13 @@ def pairs(of: Design) -> tuple[np.ndarray, np.ndarray]:
     """Standard deviations at the nodes in two variances, the larger one first: `(v, second)`."""
     whole = of.coordinates.v(np.sqrt(of.largest))
     v1 = (nodes(of.variances)[:, None] + 1) / 2 * whole
-    v2 = of.coordinates.smaller(v1, nodes(of.seconds), whole)
+    v2 = of.coordinates.smaller_v(v1, nodes(of.seconds), whole)
     sigma1 = np.broadcast_to(of.coordinates.sigma(v1), (of.variances, of.seconds))
     return sigma1, np.broadcast_to(of.coordinates.sigma(v2), sigma1.shape)
 
 
 def numbers_of_classes(of: Design) -> np.ndarray:
-    low, high = (np.log(np.log(n) + 0.5) for n in (2, interpolant.LARGEST_N_CLASSES))
-    return np.exp(np.exp(low + (high - low) * (nodes(of.classes) + 1) / 2) - 0.5)
+    return n_classes_at(nodes(of.classes))
 
 
 def slopes(
@@ -381,7 +381,7 @@ def _log_scale(surrogate: Surrogate, of: Design, sigma: float) -> np.ndarray:
 
 
 def pack(of: Design, values: np.ndarray, log_scale: np.ndarray) -> dict[str, np.ndarray]:
-    """What `interpolant.grid` reads: a Tucker decomposition, its core in integers.
+    """What `samples.load` reads: a Tucker decomposition, its core in integers.
 
     Entries of the core are left out up to the errors that the design allows, measured at the nodes
     and relative to the slope at correlation 1.
@@ -392,7 +392,7 @@ def pack(of: Design, values: np.ndarray, log_scale: np.ndarray) -> dict[str, np.
     has_ridge = bool(of.coordinates.ridge)
     sigma = sigmas(of, of.variances)
     by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(of.correlations)[1], values)
-    ends = np.log(np.sqrt(interpolant.VARIANCES))
+    ends = np.log(np.sqrt(samples.VARIANCE_STEPS))
     allowed = np.exp(np.interp(np.log(sigma), ends, np.log(of.packing)))
     if has_ridge:
         # Of the larger variance alone: at correlation 1 slopes differ by little.
@@ -449,8 +449,8 @@ def _legendre_rule(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
     return (s + 1) / 2, weight / 2
 
 
-def measure(surrogate: Surrogate, of: Design, given: interpolant.Grid) -> np.ndarray:
-    """Twice the largest errors found off the nodes: `Grid.errors`; infinite beyond the grid."""
+def measure(surrogate: Surrogate, of: Design, given: samples.Samples) -> np.ndarray:
+    """Twice the largest errors found off the nodes: `Samples.errors`; infinite beyond the grid."""
     rng = np.random.default_rng(0)
     n = np.array([[2, 2, 2], [3, 3, 4], [5, 7, 9], [10, 100, 1000], [1e4, 1e5, 9e5]])
     s, s_weight = _legendre_rule(14)
@@ -481,12 +481,12 @@ def measure(surrogate: Surrogate, of: Design, given: interpolant.Grid) -> np.nda
         each = np.max(np.abs(halves), 1), np.max(np.abs(wrong), 1) / unit
         return np.max(np.reshape(each, (2, *n.shape)), 2).T
 
-    found = np.zeros((len(n), 2, len(interpolant.VARIANCES)))
-    for k, top in enumerate(interpolant.VARIANCES):
+    found = np.zeros((len(n), 2, len(samples.VARIANCE_STEPS)))
+    for k, top in enumerate(samples.VARIANCE_STEPS):
         if top > of.largest:
             found[:, :, k] = np.inf
             continue
-        low, high = np.log(interpolant.VARIANCES[k - 1] if k else 1e-3) / 2, np.log(top) / 2
+        low, high = np.log(samples.VARIANCE_STEPS[k - 1] if k else 1e-3) / 2, np.log(top) / 2
         for largest in (high, high, *rng.uniform(low, high, 5)):
             ridge = largest - rng.uniform(0, 4) / (surrogate.order or 4)
             for smallest in (largest, ridge, rng.uniform(np.log(0.03), largest)):
@@ -498,16 +498,16 @@ def measure(surrogate: Surrogate, of: Design, given: interpolant.Grid) -> np.nda
 def main(arguments: list[str]) -> None:
     for each in arguments or ["softmax", *map(str, range(2, 34, 2))]:
         surrogate = parse(None if each == "softmax" else int(each))
-        for near in (True, False) if interpolant.has_own_near_samples(surrogate) else (False,):
+        for near in (True, False) if samples.has_near_samples(surrogate) else (False,):
             write(surrogate, near=near)
 
 
 def write(surrogate: Surrogate, *, near: bool) -> None:
-    of, file = design(surrogate, near=near), interpolant.name(surrogate, near=near)
+    of, file = design(surrogate, near=near), samples.file_name(surrogate, near=near)
     arrays: Any = pack(of, *sample(surrogate, of))
     # Which `measure` does not look at.
-    unknown = np.zeros((len(interpolant.GROUPS), 2, len(interpolant.VARIANCES)))
-    errors = measure(surrogate, of, interpolant.unpack({**arrays, "errors": unknown}, of.largest))
+    unknown = np.zeros((len(samples.CLASS_STEPS), 2, len(samples.VARIANCE_STEPS)))
+    errors = measure(surrogate, of, samples.unpack({**arrays, "errors": unknown}, of.largest))
     save(TARGET / file, {**arrays, "errors": errors})
     print(f"{file} written", flush=True)
 

@@ -14,7 +14,7 @@ import taylor_softmax
 from derivations import class_axis_grids
 from oracles import class_axis as brute_force
 from taylor_softmax import monte_carlo, predict, stax
-from taylor_softmax._class_axis import covariance, integral, interpolant
+from taylor_softmax._class_axis import covariance, evaluation, integral, terms
 from taylor_softmax._class_axis.covariance import Pairs
 from taylor_softmax._numerics import errors
 from taylor_softmax._numerics.surrogate import parse
@@ -172,7 +172,6 @@ def test_small_variances_have_the_linear_limit(order, n, dtype):
         np.testing.assert_allclose(slope, np.full(4, 1 / n**2), rtol=rtol)
 
 
-@pytest.mark.quick
 def test_one_tiny_and_one_large_variance():
     for n in (2, 10, 100_000):
         exact = brute_force.class_covariance(1e-6, 0.8, 20.0, n=n, order=2)
@@ -317,7 +316,7 @@ def test_the_interpolant_knows_its_error(order):
 def check_errors(found, surrogate, n, top, dtype):
     """That errors of value and slope are below estimates, and these below what is promised."""
     info = jnp.finfo(dtype)
-    estimates = interpolant.error(surrogate, n, info.bits, top)
+    estimates = terms.error(surrogate, n, info.bits, top)
     rounding = 3 * float(info.eps) * np.sqrt(np.maximum(top, 100.0))
     quantities = errors.class_axis(surrogate, n)
     for error, estimate, quantity in zip(found, estimates, quantities, strict=True):
@@ -355,25 +354,20 @@ def test_the_ridge_of_high_orders(monkeypatch):
         limits = promised(order, n, 300.0, dtype)
         assert all(error < limit for error, limit in zip(wrong(dtype), limits, strict=True))
     # Negative control: on as many nodes as do for other surrogates.
-    interpolant.level.cache_clear()
+    terms.interpolant.cache_clear()
     jax.clear_caches()
-    monkeypatch.setattr(interpolant, "_NODES", (48,))
+    monkeypatch.setattr(terms, "_NODES", (48,))
     assert wrong(jnp.float64)[1] > 1e-2
     monkeypatch.undo()
-    interpolant.level.cache_clear()
+    terms.interpolant.cache_clear()
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("terms", "loops"), [(0, "none"), (60, "several")])
-def test_terms_are_shared_out_where_they_are_many(terms, loops):
-    """Several fused loops, or products of matrices for each degree, give what one loop does."""
+def test_products_of_matrices_give_what_a_fused_loop_does():
     total, arguments = many_pairs(None, 10)
     want = jax.jit(jax.value_and_grad(total))(*arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpolant, "_FUSED_TERMS", terms)
-        level = interpolant.level(parse(None), 10, 64, is_near=True)
-        count = interpolant._n_loops(level.slope)
-        assert (1 < count <= interpolant._FUSED_LOOPS) == (loops == "several")
+        patch.setattr(evaluation, "_FUSED_TERMS", 0)
         jax.clear_caches()
         got = jax.jit(jax.value_and_grad(total))(*arguments)
     jax.clear_caches()
@@ -452,7 +446,6 @@ def many_pairs(order, n):
     return total, (a, c, b, weights)
 
 
-@pytest.mark.quick(order=None)
 @pytest.mark.parametrize(("order", "n"), [(None, 10), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_derivatives_of_many_pairs(order, n):
     """Fused and in blocks of columns, against few pairs at a time."""
@@ -490,7 +483,6 @@ def test_second_derivatives_of_many_pairs(order, n):
     np.testing.assert_allclose(second, curvature, atol=1e-5 * scale)
 
 
-@pytest.mark.quick
 def test_vmap_equals_broadcasting():
     a = jnp.linspace(0.1, 2, 6)
     direct = taylor_softmax.class_covariance(a, a / 2, a, n_classes=3, order=4)
@@ -500,7 +492,6 @@ def test_vmap_equals_broadcasting():
     np.testing.assert_allclose(mapped, direct, rtol=1e-12)
 
 
-@pytest.mark.quick
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices; conftest makes two on a CPU")
 def test_sharded_rows_stay_sharded():
     n_rows, n_columns = 1024, 96
@@ -545,7 +536,6 @@ def test_an_input_with_itself_has_the_covariance_of_its_probabilities(order, n, 
     assert abs(other / want - 1) > 1e-5
 
 
-@pytest.mark.quick(order=20, near=False)
 @pytest.mark.parametrize(
     ("order", "near"), [(None, False), (2, False), (8, False), (20, False), (20, True)]
 )
@@ -565,7 +555,7 @@ def test_shipped_samples_are_those_of_the_program(order, near):
 
     want = slope(at[0], rho, at[1])
     scale = np.sqrt(slope(at[0], 1.0, at[0]) * slope(at[1], 1.0, at[1]))
-    estimates = [interpolant.error(of, number, 64, max(at) ** 2)[1] for number in (2, 1000)]
+    estimates = [terms.error(of, number, 64, max(at) ** 2)[1] for number in (2, 1000)]
     for m, number in enumerate((2, 1000)):
         arguments = np.array([[at[0] ** 2], [rho], [at[1] ** 2]])
         _, (got,) = entries(*arguments, n=number, order=order)
@@ -575,7 +565,6 @@ def test_shipped_samples_are_those_of_the_program(order, near):
     assert np.max(np.abs(other - want) / scale) > 2 * max(estimates)
 
 
-@pytest.mark.quick(order=32, dtype=jnp.float32)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("order", [None, 2, 4, 32])
 def test_any_input_is_finite_and_within_its_bounds(order, dtype):

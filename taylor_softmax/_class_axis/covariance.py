@@ -1,7 +1,8 @@
 """The class covariance `I` for whole arrays of pairs: shapes and choice of method.
 
-`interpolant` serves one pair and ten million, from samples that come with the package; `integral`,
-quadrature pair by pair, is what they were checked against, and serves more classes than they span.
+Interpolation serves one pair and ten million: `samples` come with the package, in `coordinates` in
+which few do; `terms` are made of them once a process; `evaluation` sums them. Quadrature pair by
+pair, `integral`, is what they were checked against, and serves more classes than they span.
 """
 
 import functools
@@ -15,13 +16,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from taylor_softmax._class_axis import integral, interpolant
+from taylor_softmax._class_axis import integral
+from taylor_softmax._class_axis.coordinates import LARGEST_N_CLASSES
+from taylor_softmax._class_axis.evaluation import evaluate
+from taylor_softmax._class_axis.samples import near_limit
+from taylor_softmax._class_axis.terms import interpolant
 from taylor_softmax._numerics.arguments import Validated, as_real, check_n_classes, check_pairs
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
-# From this many pairs on the interpolant is evaluated in one fused loop if it has few terms, which
-# takes longer to compile, and half the time and memory.
+# From this many pairs on few terms are summed in one fused loop, which takes longer to compile, and
+# half the time and memory.
 _MANY_PAIRS = 1 << 14
 
 
@@ -131,7 +136,7 @@ def covariances(
         for a, c, b in (layout.arrays for layout in layouts)
     ]
     if method is None:
-        few = n_classes <= interpolant.LARGEST_N_CLASSES
+        few = n_classes <= LARGEST_N_CLASSES
         method = Interpolate() if few else Direct()
     is_near = _is_near(blocks, surrogate)
     results = _covariances(
@@ -149,12 +154,12 @@ def covariances(
 
 
 def _is_near(blocks: Sequence[Pairs], surrogate: Surrogate) -> bool | None:
-    """Whether variances are at most `interpolant.near_limit`; None where numbers are yet to come.
+    """Whether variances are at most `near_limit`; None where numbers are yet to come.
 
     What is known beforehand spares the compilation of the other branch.
     """
     try:
-        return bool(_largest_variance(blocks) <= interpolant.near_limit(surrogate))
+        return bool(_largest_variance(blocks) <= near_limit(surrogate))
     except jax.errors.ConcretizationTypeError:
         return None
 
@@ -220,15 +225,15 @@ def _covariances(
 
     def interpolate(blocks: list[Pairs], is_near: bool) -> list[tuple[Array, Array | None]]:
         bits = jnp.finfo(blocks[0].cov12.dtype).bits
-        level = interpolant.level(surrogate, n_classes, bits, is_near=is_near)
+        terms = interpolant(surrogate, n_classes, bits, is_near=is_near)
         return [
-            interpolant.evaluate(level, *block, slope=slope, many=block.cov12.size >= _MANY_PAIRS)
+            evaluate(terms, *block, slope=slope, many=block.cov12.size >= _MANY_PAIRS)
             for block, slope in zip(blocks, slopes, strict=True)
         ]
 
     if is_near is not None:
         return interpolate(blocks, is_near)
-    inside = lax.stop_gradient(_largest_variance(blocks)) <= interpolant.near_limit(surrogate)
+    inside = lax.stop_gradient(_largest_variance(blocks)) <= near_limit(surrogate)
     return lax.cond(
         inside,
         functools.partial(interpolate, is_near=True),
