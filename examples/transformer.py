@@ -8,7 +8,10 @@ finite networks of growing width. `python examples/transformer.py` draws a
 figure beside this file.
 """
 
+import sys
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import matplotlib.pyplot as plt
 N_CLASSES = 10
 N_TRAIN, N_TEST = 100, 200
 DEPTH = 2
+BOTH = ("nngp", "ntk")
 # Of finite networks: keys, heads and all channels.
 WIDTHS = (8, 16, 32, 64)
 N_NETWORKS = 400
@@ -91,9 +95,12 @@ def accuracy(kernel_fn: Any) -> dict[str, float]:
     """Of the means of both Gaussian processes, trained for an infinite time."""
     x_train, train_labels, x_test, test_labels = load()
     targets = jnp.eye(N_CLASSES)[train_labels] - 1 / N_CLASSES
-    compute = jax.jit(lambda x1, x2: kernel_fn(x1, x2, ("nngp", "ntk")))
-    of_train = kernel_fn(x_train, None, ("nngp", "ntk"))
-    of_test = compute(x_test, x_train)
+    compute = jax.jit(lambda x1, x2: kernel_fn(x1, x2, BOTH))
+    progress(f"  kernels of {N_TRAIN} digits among each other")
+    of_train = jax.block_until_ready(kernel_fn(x_train, None, BOTH))
+    progress(f"  kernels of {N_TEST} digits with them")
+    of_test = jax.block_until_ready(compute(x_test, x_train))
+    progress("  least squares")
     results = {}
     for name, train, test in zip(
         ("NNGP", "NTK"), of_train, of_test, strict=True
@@ -105,9 +112,10 @@ def accuracy(kernel_fn: Any) -> dict[str, float]:
     return results
 
 
-def finite_networks(x1: Array, x2: Array) -> dict[int, tuple[float, float]]:
-    """The NNGP of two inputs for each width, with standard errors."""
-    results = {}
+def finite_networks(
+    x1: Array, x2: Array
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """The NNGP of two inputs for each width, with its standard error."""
     for width in WIDTHS:
         # Over the last layer's weights the mean is exact: the product of what
         # goes into it.
@@ -123,14 +131,16 @@ def finite_networks(x1: Array, x2: Array) -> dict[int, tuple[float, float]]:
         samples = np.asarray(
             jax.jit(lambda keys, one=one: jax.lax.map(one, keys))(keys)
         )
-        results[width] = (
-            float(samples.mean()),
-            float(samples.std() / np.sqrt(N_NETWORKS)),
-        )
-    return results
+        stderr = samples.std() / np.sqrt(N_NETWORKS)
+        yield width, (float(samples.mean()), float(stderr))
+
+
+def progress(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
+    progress("started")
     networks = {
         "transformer, 1/sqrt(d)": transformer(),
         "transformer, 1/d": transformer(linear_scaling=True),
@@ -141,12 +151,14 @@ def main() -> None:
     )
     scores = {}
     for name, (_, _, kernel_fn) in networks.items():
+        progress(name)
         scores[name] = accuracy(kernel_fn)
         listed = ", ".join(
             f"{kind} {score:.3f}" for kind, score in scores[name].items()
         )
         print(f"  {name}: {listed}", flush=True)
 
+    progress("the same entry of kernels of finite networks")
     x, *_ = load()
     pair = x[:1], x[1:2]
     exact = float(networks["transformer, 1/sqrt(d)"][2](*pair, "nngp")[0, 0])
@@ -154,8 +166,9 @@ def main() -> None:
         f"NNGP of two digits: {exact:.4f}; "
         f"of {N_NETWORKS} networks of each width:"
     )
-    estimates = finite_networks(*pair)
-    for width, (mean, stderr) in estimates.items():
+    estimates = {}
+    for width, (mean, stderr) in finite_networks(*pair):
+        estimates[width] = mean, stderr
         print(f"  {width:4d} channels: {mean:.4f} +- {stderr:.4f}", flush=True)
     print(f"Figure: {draw(scores, estimates, exact)}")
 
@@ -175,7 +188,8 @@ def draw(
         range(len(scores)), [name.replace(", ", ",\n") for name in scores]
     )
     left.set(ylabel="test accuracy", ylim=(0.5, 1))
-    left.legend(loc="lower right")
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2}
+    left.legend(**above)
     means, errors = zip(*estimates.values(), strict=True)
     right.errorbar(
         list(estimates),
@@ -192,7 +206,9 @@ def draw(
         ylabel="NNGP of two digits",
     )
     right.set_xticks(list(estimates), [str(width) for width in estimates])
-    right.legend()
+    # Labels of the powers of ten between them would lie upon these.
+    right.minorticks_off()
+    right.legend(**above)
     path = Path(__file__).with_suffix(".png")
     figure.savefig(path, dpi=120)
     return path

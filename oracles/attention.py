@@ -1,47 +1,75 @@
 """Attention with infinitely many heads and key channels, by sampling its logits plainly.
 
-The logits of both inputs, `(S, S)` each, are diagonal blocks of one matrix-normal variable whose
-rows and columns both have the joint covariance of the `2 S` tokens,
+The logits of all queries `a` and keys `p` of both inputs are jointly Gaussian,
 
-    Cov[H_ij, H_kl] = s K_ik K_jl,      G(x) = H[:S, :S],    G(x') = H[S:, S:].
+    Cov[G_ap(x), G_bq(x')] = s Q_ab K_pq rho((p - a) - (q - b)),
 
-Kernels are averages over it, without Price's theorem and without polynomials in correlations. The
-NTK's terms in the softmax's Jacobian are those of tangents of the logits, matrix normal too:
+with `rho = 1` but for rotary embeddings. Kernels are averages over them, without Price's theorem
+and without polynomials in correlations. The NTK's terms in the softmax's Jacobian are those of
+tangents of the logits, of covariance
 
-    2 K (x) K        of query and key weights,
-    Theta (x) K + K (x) Theta        of what queries and keys are made of.
+    s (2 Q_ab K_pq + Theta_Q_ab K_pq + Q_ab Theta_pq) rho((p - a) - (q - b)).
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.integrate
 from jax import Array, lax, random
 
 
 class Problem(NamedTuple):
-    """Two inputs of `S` tokens.
+    """Two inputs, of `T1` and `T2` keys, and as many queries in self-attention.
 
     Attributes:
-      keys, values: joint covariances `(2 S, 2 S)` of what queries and keys, and values, see.
+      keys, values: joint covariances `(T1 + T2, T1 + T2)` of what keys and values are made of.
       keys_ntk, values_ntk: their NTKs.
-      present: which tokens there are, boolean, `(2, S)`.
+      present: which keys there are, boolean, of each input.
       scale: `s`.
+      queries, queries_ntk: of what queries are made of; None where it is what keys are made of.
+      n_queries: of the first input.
     """
 
     keys: np.ndarray
     values: np.ndarray
     keys_ntk: np.ndarray
     values_ntk: np.ndarray
-    present: np.ndarray
+    present: Sequence[np.ndarray]
     scale: float = 1.0
+    queries: np.ndarray | None = None
+    queries_ntk: np.ndarray | None = None
+    n_queries: int = 0
+
+    def of_queries(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The covariance, the NTK, and the number of them in the first input."""
+        if self.queries is None or self.queries_ntk is None:
+            return self.keys, self.keys_ntk, len(self.present[0])
+        return self.queries, self.queries_ntk, self.n_queries
+
+    def covariances(self) -> dict[str, np.ndarray]:
+        """The blocks of the covariances, by the names of `attention_second_moment`."""
+        own = {"cov": (self.keys, "11 12 22"), "values": (self.values, "12")}
+        own |= {"ntk": (self.keys_ntk, "12"), "values_ntk": (self.values_ntk, "12")}
+        n = {name: len(self.present[0]) for name in own}
+        if self.queries is not None and self.queries_ntk is not None:
+            own |= {"queries": (self.queries, "11 12 22"), "queries_ntk": (self.queries_ntk, "12")}
+            n |= {"queries": self.n_queries, "queries_ntk": self.n_queries}
+        return {
+            f"{name}{sides}": joint[
+                tuple(slice(n[name]) if side == "1" else slice(n[name], None) for side in sides)
+            ]
+            for name, (joint, blocks) in own.items()
+            for sides in blocks.split()
+        }
 
 
 class Kernels(NamedTuple):
-    """Means and their standard errors, `(S, S)`."""
+    """Means and their standard errors, `(A1, A2)`."""
 
     nngp: Array
     nngp_stderr: Array
@@ -91,8 +119,35 @@ def random_problem(
         values=there * make(correlation=0.7, ratio=2.0, seed=seed + 1),
         keys_ntk=there * make(correlation=0.3, ratio=2.0, seed=seed + 2),
         values_ntk=there * make(correlation=0.6, ratio=2.0, seed=seed + 3),
-        present=present,
+        present=list(present),
         scale=variance,
+    )
+
+
+def crossing_problem(
+    n_queries: tuple[int, int], n_keys: tuple[int, int], *, variance: float, seed: int = 0
+) -> Problem:
+    """A problem of queries and keys of different numbers in both inputs."""
+
+    def cut(joint: np.ndarray, lengths: tuple[int, int]) -> np.ndarray:
+        half = len(joint) // 2
+        chosen = [*range(lengths[0]), *range(half, half + lengths[1])]
+        return joint[np.ix_(chosen, chosen)]
+
+    keys, values, keys_ntk, values_ntk, _, scale, *_ = random_problem(
+        max(n_keys), variance=variance, seed=seed
+    )
+    queries = random_problem(max(n_queries), variance=variance, ratio=2.0, seed=seed + 10)
+    return Problem(
+        keys=cut(keys, n_keys),
+        values=cut(values, n_keys),
+        keys_ntk=cut(keys_ntk, n_keys),
+        values_ntk=cut(values_ntk, n_keys),
+        present=[np.ones(n, bool) for n in n_keys],
+        scale=scale,
+        queries=cut(queries.keys, n_queries),
+        queries_ntk=cut(queries.keys_ntk, n_queries),
+        n_queries=n_queries[0],
     )
 
 
@@ -100,7 +155,8 @@ def kernels(
     problem: Problem,
     *,
     order: int | None = None,
-    causal: bool = False,
+    rows: Sequence[np.ndarray] | None = None,
+    rotary: float | None = None,
     n_samples: int,
     seed: int = 0,
 ) -> Kernels:
@@ -108,34 +164,63 @@ def kernels(
 
     Args:
       order: of the Taylor softmax; None for softmax.
+      rows: what is added to the logits of each input, `(A, T)`, `-inf` for keys that a query does
+        not attend to; nothing by default.
+      rotary: base of the frequencies of rotary embeddings; None without.
     """
-    size = problem.present.shape[1]
-    allowed = np.repeat(problem.present[:, None, :], size, 1)
-    if causal:
-        allowed = np.tril(allowed)
-    roots = tuple(
-        _root(x) for x in (problem.keys, problem.keys_ntk, 2 * problem.keys + problem.keys_ntk)
+    queries, queries_ntk, n_queries = problem.of_queries()
+    n_keys = [len(present) for present in problem.present]
+    sizes = list(zip((n_queries, len(queries) - n_queries), n_keys, strict=True))
+    if rows is None:
+        rows = [np.zeros(size) for size in sizes]
+    rows = [np.where(there, row, -np.inf) for there, row in zip(problem.present, rows, strict=True)]
+    # Of each logit: which query, which key, and the distance from one to the other.
+    a, p, apart = (
+        np.concatenate([part.ravel() for part in parts])
+        for parts in zip(*(_indices(*size) for size in sizes), strict=True)
+    )
+    a[sizes[0][0] * sizes[0][1] :] += n_queries
+    p[sizes[0][0] * sizes[0][1] :] += n_keys[0]
+    rho = problem.scale * _rotary(np.subtract.outer(apart, apart), rotary)
+
+    def logits(of_queries: np.ndarray, of_keys: np.ndarray) -> np.ndarray:
+        return rho * of_queries[np.ix_(a, a)] * of_keys[np.ix_(p, p)]
+
+    covs = (
+        logits(queries, problem.keys),
+        logits(2 * queries + queries_ntk, problem.keys) + logits(queries, problem.keys_ntk),
     )
     cross = tuple(
-        x[:size, size:] for x in (problem.values, 2 * problem.values + problem.values_ntk)
+        x[: n_keys[0], n_keys[0] :]
+        for x in (problem.values, 2 * problem.values + problem.values_ntk)
     )
-    at_once = max(1, min(n_samples, (1 << 19) // (2 * size) ** 2))
+    at_once = max(1, min(n_samples, (1 << 21) // len(rho)))
     n_chunks = -(-n_samples // at_once)
-    sums = _sample(
-        random.key(seed),
-        tuple(np.sqrt(problem.scale) ** 0.5 * x for x in roots),
-        cross,
-        allowed,
-        order,
-        at_once,
-        n_chunks,
-    )
+    roots = tuple(_root(cov) for cov in covs)
+    sums = _sample(random.key(seed), roots, cross, tuple(rows), order, at_once, n_chunks)
     n = n_chunks * at_once
     results = []
     for total, squares in sums:
         mean = total / n
         results += [mean, jnp.sqrt(jnp.maximum(squares / n - mean**2, 0) / n)]
     return Kernels(*results)
+
+
+def _indices(n_queries: int, n_keys: int) -> tuple[np.ndarray, ...]:
+    a, p = np.indices((n_queries, n_keys))
+    return a, p, p - a
+
+
+def _rotary(t: np.ndarray, base: float | None) -> np.ndarray:
+    """`int_0^1 cos(base^(-u) t) du` by adaptive quadrature."""
+    if base is None:
+        return np.ones(t.shape)
+    distances, inverse = np.unique(np.abs(t), return_inverse=True)
+    values = [
+        scipy.integrate.quad(lambda u, d=d: math.cos(base**-u * d), 0, 1, limit=200)[0]
+        for d in distances
+    ]
+    return np.asarray(values)[inverse].reshape(t.shape)
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
@@ -146,41 +231,42 @@ def _root(cov: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("order", "n", "n_chunks"))
 def _sample(
     key: Array,
-    roots: tuple[Array, Array, Array],
+    roots: tuple[Array, Array],
     cross: tuple[Array, Array],
-    allowed: Array,
+    rows: tuple[Array, Array],
     order: int | None,
     n: int,
     n_chunks: int,
 ) -> tuple[tuple[Array, Array], ...]:
     """Sums of samples of both kernels and of their squares."""
-    keys, keys_ntk, both = roots
     values, all_values = cross
+    first = rows[0].size
 
-    def blocks(key: Array, rows: Array, columns: Array) -> Array:
-        normal = random.normal(key, (n, len(rows), len(columns)), rows.dtype)
-        matrix = jnp.einsum("ai,nij,bj->nab", rows, normal, columns, precision="highest")
-        half = len(rows) // 2
-        return jnp.stack([matrix[:, :half, :half], matrix[:, half:, half:]], 1)
+    def normal(key: Array, root: Array) -> list[Array]:
+        z = random.normal(key, (n, len(root)), root.dtype) @ root.T
+        return [
+            x.reshape(n, *r.shape) for x, r in zip((z[:, :first], z[:, first:]), rows, strict=True)
+        ]
 
-    def attend(z: Array) -> Array:
-        return _softmax(z, allowed, order)
+    def attend(z: list[Array]) -> list[Array]:
+        return [
+            _softmax(x + jnp.where(row > -jnp.inf, row, 0), row > -jnp.inf, order)
+            for x, row in zip(z, rows, strict=True)
+        ]
 
     def product(left: Array, inner: Array, right: Array) -> Array:
         return jnp.einsum("nap,pq,nbq->nab", left, inner, right, precision="highest")
 
     def add(sums: tuple[Array, ...], key: Array) -> tuple[tuple[Array, ...], None]:
-        of_logits, of_queries, of_keys = random.split(key, 3)
-        z = blocks(of_logits, keys, keys)
-        # 2 K (x) K + Theta (x) K, and K (x) Theta.
-        tangent = blocks(of_queries, both, keys) + blocks(of_keys, keys, keys_ntk)
+        of_logits, of_tangents = random.split(key)
+        z, tangent = normal(of_logits, roots[0]), normal(of_tangents, roots[1])
         y, dy = jax.jvp(attend, (z,), (tangent,))
-        nngp = product(y[:, 0], values, y[:, 1])
-        ntk = product(y[:, 0], all_values, y[:, 1]) + product(dy[:, 0], values, dy[:, 1])
+        nngp = product(y[0], values, y[1])
+        ntk = product(y[0], all_values, y[1]) + product(dy[0], values, dy[1])
         more = (nngp, nngp**2, ntk, ntk**2)
         return tuple(s + jnp.sum(x, 0) for s, x in zip(sums, more, strict=True)), None
 
-    zeros = (jnp.zeros_like(values),) * 4
+    zeros = (jnp.zeros((len(rows[0]), len(rows[1]))),) * 4
     (a, b, c, d), _ = lax.scan(add, zeros, random.split(key, n_chunks))
     return (a, b), (c, d)
 

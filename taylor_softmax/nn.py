@@ -1,4 +1,4 @@
-"""Taylor softmax as functions, as `jax.nn.softmax` and `log_softmax` are, for all networks.
+"""Taylor softmax as functions, as `jax.nn.softmax` and `log_softmax` are, for all networks; ALiBi.
 
 In flax, haiku or equinox they are the last line of a network; `stax.TaylorSoftmax` is the layer.
 """
@@ -13,8 +13,9 @@ from jaxtyping import Float
 
 from taylor_softmax._numerics.arguments import Validated, as_real, check_axes, fits
 from taylor_softmax._numerics.surrogate import Surrogate, parse
+from taylor_softmax._position_axis.attention_rows import alibi
 
-__all__ = ["log_taylor_softmax", "taylor_softmax"]
+__all__ = ["alibi", "log_taylor_softmax", "taylor_softmax"]
 
 
 def taylor_softmax(

@@ -7,7 +7,7 @@ init_fn, apply_fn, kernel_fn = stax.serial(
 
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
-from taylor_softmax._layers.attention import GlobalSelfAttention
+from taylor_softmax._layers.attention import GlobalCrossAttention, GlobalSelfAttention
 from taylor_softmax._layers.finite import (
     Aggregate,
     AvgPool,
@@ -52,6 +52,7 @@ __all__ = [  # noqa: F405
     "Gaussian",
     "Gelu",
     "GlobalAvgPool",
+    "GlobalCrossAttention",
     "GlobalSelfAttention",
     "GlobalSumPool",
     "Hermite",

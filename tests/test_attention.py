@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import neural_tangents as nt
 import numpy as np
 import pytest
 from jax import random
+from neural_tangents.stax import layer
 
 import taylor_softmax
 from oracles import attention as oracle
@@ -15,40 +17,49 @@ from taylor_softmax import stax
 from taylor_softmax._numerics.errors import (
     ATTENTION_NNGP,
     ATTENTION_NTK,
+    ATTENTION_ROWS,
     ATTENTION_VARYING,
     promised,
 )
 from taylor_softmax._numerics.surrogate import parse
-from taylor_softmax._position_axis import attention
+from taylor_softmax._position_axis import attention_terms, rotary
+from taylor_softmax._position_axis.attention_rows import Rows
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
 # Bound on |z| of the largest of 256 correlated entries, and of the cases below: 1e-4 by chance.
 LARGEST_Z = 5.5
 
 
-def terms(problem, *, order=None, causal=False, method=None):
-    """The terms of the kernel of a problem of the oracle, and what they are assembled with."""
-    size = problem.present.shape[1]
-
-    def cross(x):
-        return jnp.asarray(x[None, :size, size:])
-
-    keys = jnp.stack([problem.keys[:size, :size], problem.keys[size:, size:]])
-    variances = problem.scale * jnp.diagonal(keys, axis1=1, axis2=2)
-    inputs = attention.Inputs(variances, keys, jnp.asarray(problem.present, float))
-    between = attention.Cross(
-        problem.scale * cross(problem.keys),
-        cross(problem.keys),
-        cross(problem.values),
-        problem.scale * cross(problem.keys_ntk),
-        cross(problem.keys_ntk),
-        cross(problem.values_ntk),
+def moments(problem, **options):
+    """The kernels of a problem of the oracle."""
+    present = dict(zip(("present1", "present2"), problem.present, strict=True))
+    return taylor_softmax.attention_second_moment(
+        **problem.covariances(), **present, scale=problem.scale, **options
     )
-    surrogate = parse(order)
-    mechanism = attention.Mechanism(surrogate, causal, attention.check_method(method, surrogate))
-    request = attention.Request(np.array([0]), np.array([1]), between)
-    (result,) = attention.evaluate(inputs, [request], mechanism)
-    return result, between
+
+
+def terms(problem):
+    """The terms of the kernel of a problem, and what they are assembled with."""
+    covs = {name: jnp.asarray(cov)[None] for name, cov in problem.covariances().items()}
+
+    def inputs(keys, present):
+        variances = problem.scale * jnp.diagonal(keys, axis1=1, axis2=2)
+        there = jnp.asarray(present, float)[None]
+        return attention_terms.Inputs(variances, there, keys, there)
+
+    sides = [inputs(covs[f"cov{i}{i}"], problem.present[i - 1]) for i in (1, 2)]
+    cross = attention_terms.Cross(
+        problem.scale * covs["cov12"],
+        covs["cov12"],
+        covs["values12"],
+        problem.scale * covs["ntk12"],
+        covs["ntk12"],
+        covs["values_ntk12"],
+    )
+    mechanism = attention_terms.mechanism(parse(None), None, Rows(), None)
+    request = attention_terms.Request(np.array([0]), np.array([0]), cross, (0, 1))
+    (result,) = attention_terms.evaluate(sides, [request], mechanism)
+    return result, cross
 
 
 def excess(value, mean, stderr, present, tolerance):
@@ -82,36 +93,105 @@ def tolerances(case):
     return [promised(ATTENTION_VARYING, case["variance"] * ratio)] * 2
 
 
+def rows_of(option, size):
+    """What is added to the logits by an argument of `attention_second_moment`."""
+    if option.get("causal"):
+        return np.where(np.tri(size) > 0, 0, -np.inf)
+    if "window" in option:
+        before, after = option["window"]
+        return np.where(np.tri(size, k=after) - np.tri(size, k=-before - 1) > 0, 0, -np.inf)
+    return option["bias"](size) if "bias" in option else np.zeros((size, size))
+
+
+def slanted(*lengths):
+    """A bias with a row of nothing, and one with a single key."""
+    rows = np.random.default_rng(7).standard_normal((lengths[0], lengths[-1]))
+    rows[2:3], rows[1, 1:] = -np.inf, -np.inf
+    return rows
+
+
+OPTIONS = {
+    "": {},
+    "order 2": {"order": 2},
+    "order 4": {"order": 4},
+    "causal": {"causal": True},
+    "causal, order 2": {"causal": True, "order": 2, "method": Direct()},
+    "window": {"window": (2, 1)},
+    "bias": {"bias": slanted},
+    "bias, order 4": {"bias": slanted, "order": 4},
+    "rotary": {"rotary": 100.0},
+    "rotary, causal": {"rotary": 100.0, "causal": True},
+}
+
+
 @functools.cache
-def sampled(name, order=None, causal=False):
-    """A problem and its kernels by sampling."""
-    problem = oracle.random_problem(**CASES[name])
-    n_samples = {2: 200_000, 4: 200_000, 8: 50_000, 16: 10_000}[CASES[name]["size"]]
-    return problem, oracle.kernels(problem, order=order, causal=causal, n_samples=n_samples)
+def sampled(name, option=""):
+    """A problem, its kernels by sampling, and what is promised of them."""
+    case, given = CASES[name], dict(OPTIONS[option])
+    given.pop("method", None)
+    rotary, order = given.pop("rotary", None), given.pop("order", None)
+    problem = oracle.random_problem(**case)
+    n_samples = {2: 200_000, 4: 200_000, 8: 50_000, 16: 10_000}[case["size"]]
+    rows = [rows_of(given, case["size"])] * 2
+    truth = oracle.kernels(problem, rows=rows, rotary=rotary, order=order, n_samples=n_samples)
+    if given:
+        return problem, truth, [promised(ATTENTION_ROWS, case["variance"])] * 2
+    return problem, truth, tolerances(case)
 
 
-@pytest.mark.quick(name="masked", order=None)
 @pytest.mark.parametrize(
-    ("name", "order", "causal"),
-    [
-        *((name, None, False) for name in CASES),
-        ("small logits", None, True),
-        ("varying, masked", None, True),
-        ("masked", 2, False),
-        ("masked", 4, False),
+    ("name", "option"),
+    [pytest.param(name, "", marks=[pytest.mark.quick] * (name == "masked")) for name in CASES]
+    + [
+        ("masked", "order 2"),
+        ("masked", "order 4"),
+        ("small logits", "causal"),
+        pytest.param("varying, masked", "causal", marks=pytest.mark.quick),
+        ("masked", "causal, order 2"),
+        ("large logits", "window"),
+        ("masked", "bias"),
+        ("masked", "bias, order 4"),
+        ("masked", "rotary"),
+        ("4 tokens", "rotary, causal"),
     ],
 )
-def test_sampled_logits(name, order, causal):
-    problem, truth = sampled(name, order, causal)
-    nngp, ntk = attention.assemble(*terms(problem, order=order, causal=causal))
-    of_nngp, of_ntk = tolerances(CASES[name])
-    assert excess(nngp[0], truth.nngp, truth.nngp_stderr, problem.present, of_nngp) < 1
-    assert excess(ntk[0], truth.ntk, truth.ntk_stderr, problem.present, of_ntk) < 1
+def test_sampled_logits(name, option):
+    problem, truth, limits = sampled(name, option)
+    nngp, ntk = moments(problem, **OPTIONS[option])
+    assert excess(nngp, truth.nngp, truth.nngp_stderr, problem.present, limits[0]) < 1
+    assert excess(ntk, truth.ntk, truth.ntk_stderr, problem.present, limits[1]) < 1
+    if "bias" in OPTIONS[option]:
+        assert not np.any(nngp[2])
+        assert not np.any(ntk[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("option", "rows"),
+    [
+        pytest.param({}, None, marks=pytest.mark.quick),
+        ({"bias": slanted}, [slanted(4, 3), slanted(3, 5)]),
+        ({"rotary": 100.0}, None),
+    ],
+)
+def test_queries_of_another_sequence(option, rows):
+    problem = oracle.crossing_problem((4, 3), (3, 5), variance=1.0)
+    truth = oracle.kernels(problem, rows=rows, rotary=option.get("rotary"), n_samples=200_000)
+    nngp, ntk = moments(problem, **option)
+    assert nngp.shape == ntk.shape == (4, 3)
+    limit = [np.ones(4, bool), np.ones(3, bool)], promised(ATTENTION_ROWS, 2.0)
+    assert excess(nngp, truth.nngp, truth.nngp_stderr, *limit) < 1
+    assert excess(ntk, truth.ntk, truth.ntk_stderr, *limit) < 1
+
+
+def test_another_row_of_biases_is_found():
+    problem, truth, (limit, _) = sampled("large logits", "window")
+    nngp, _ = moments(problem, window=(1, 2))
+    assert excess(nngp, truth.nngp, truth.nngp_stderr, problem.present, limit) > 1
 
 
 @pytest.mark.quick
 def test_each_term_of_the_ntk_is_needed():
-    problem, truth = sampled("4 tokens")
+    problem, truth, _ = sampled("4 tokens")
     of, cross = terms(problem)
     parts = {
         "value and output weights": 2 * of.value,
@@ -128,7 +208,7 @@ def test_each_term_of_the_ntk_is_needed():
 
 
 def test_mean_over_nothing_but_correlation_0_fails():
-    problem, truth = sampled("small logits")
+    problem, truth, _ = sampled("small logits")
     uncorrelated = terms(problem._replace(scale=1e-12))[0].value
     limit = truth.nngp, truth.nngp_stderr, problem.present, promised(ATTENTION_NNGP, 0.25)
     assert excess(uncorrelated[0], *limit) > 1
@@ -156,24 +236,26 @@ def test_softmax_of_each_pair_of_queries(order, limit):
         order=order,
     )
     expected = np.sum(np.asarray(moments) * values, (1, 2)).reshape(size, size)
-    value = np.asarray(terms(problem, order=order)[0].value)[0]
+    value = np.asarray(moments(problem, order=order).nngp)
     np.testing.assert_allclose(value, expected, atol=limit * np.max(np.abs(expected)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_order_2_closed_form_and_points_agree(causal):
     problem = oracle.random_problem(4, variance=1.0, ratio=3.0, lengths=(3, 4))
-    exact, cross = terms(problem, order=2, causal=causal)
-    estimate, _ = terms(problem, order=2, causal=causal, method=QuasiMonteCarlo(1 << 13))
-    for a, b in zip(*(attention.assemble(x, cross) for x in (exact, estimate)), strict=True):
+    both = (
+        moments(problem, order=2, causal=causal, method=method)
+        for method in (Direct(), QuasiMonteCarlo(1 << 13))
+    )
+    for a, b in zip(*both, strict=True):
         kept = np.outer(*problem.present)
-        np.testing.assert_allclose(a[0][kept], b[0][kept], atol=3e-3 * np.max(np.abs(a)))
+        np.testing.assert_allclose(a[kept], b[kept], atol=3e-3 * np.max(np.abs(a)))
 
 
 # The layer.
 
 
-def identity(inputs, requests, mechanism):
+def identity(sides, requests, mechanism):
     """The terms of attention whose weights are the logits themselves."""
 
     def of(cross):
@@ -184,9 +266,9 @@ def identity(inputs, requests, mechanism):
 
         value, slope = cross.queries * trace(values, cross.keys), trace(values, cross.keys)
         if cross.keys_ntk is None:
-            return attention.Terms(value)
+            return attention_terms.Terms(value)
         values_ntk = cross.keys_ntk if cross.values_ntk is None else cross.values_ntk
-        return attention.Terms(
+        return attention_terms.Terms(
             value,
             cross.queries * trace(values_ntk, cross.keys),
             slope,
@@ -220,7 +302,7 @@ def token_inputs(*shape, padding=True):
 def test_identity_attention_is_that_of_neural_tangents(
     monkeypatch, spatial, options, diagonal_batch
 ):
-    monkeypatch.setattr(attention, "evaluate", identity)
+    monkeypatch.setattr(attention_terms, "evaluate", identity)
     body = stax.Conv(16, (3,) * len(spatial), padding="SAME", b_std=0.3), stax.Relu()
     given = {"linear_scaling": False, "W_query_std": 1.2, "W_out_std": 0.8, **options}
     *_, ours = stax.serial(*body, stax.GlobalSelfAttention(4, 5, 6, 3, **given))
@@ -278,20 +360,34 @@ def test_causal_outputs_don_t_see_what_comes_later():
     np.testing.assert_allclose(one[0, 0, 0, 0], np.mean(x[0, 0] ** 2), rtol=1e-12)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+FINITE = {
+    "": {},
+    "causal": {"causal": True},
+    "rotary": {"rotary": 30.0},
+    "ALiBi": {"bias": functools.partial(taylor_softmax.nn.alibi, 2), "causal": True},
+    "cross": {"bias": slanted},
+}
+
+
+@pytest.mark.parametrize("name", FINITE)
 @pytest.mark.parametrize(
     ("n_networks", "seen"), [(300, 0.05), pytest.param(6500, 0.01, marks=pytest.mark.slow)]
 )
-def test_finite_networks(causal, n_networks, seen):
+def test_finite_networks(name, n_networks, seen):
     width, size = 256, 3
     first, second = token_inputs(2, 1, size, 6, padding=False)
     x1, x2 = jnp.asarray(first), jnp.asarray(0.7 * first + 0.7 * second)
 
     def network(n):
-        attend = stax.GlobalSelfAttention(
-            8, n, 16, 2, linear_scaling=False, W_query_std=1.5, W_out_std=1.2, causal=causal
-        )
-        return stax.serial(stax.Dense(n, W_std=1.4), stax.Relu(), attend)
+        given = {"W_query_std": 1.5, "W_out_std": 1.2, **FINITE[name]}
+        body = stax.serial(stax.Dense(n, W_std=1.4), stax.Relu())
+        if name != "cross":
+            layer = stax.GlobalSelfAttention(8, n, 16, 2, linear_scaling=False, **given)
+            return stax.serial(body, layer)
+        # From two of the tokens to all of them; what `slanted` leaves to attend to.
+        queries = stax.serial(stax.Index((slice(None), slice(2))), stax.Dense(n, W_std=1.4))
+        both = stax.parallel(queries, body)
+        return stax.serial(stax.FanOut(2), both, stax.GlobalCrossAttention(8, n, 16, 2, **given))
 
     init_fn, apply_fn, kernel_fn = network(width)
     ntk_fn = nt.empirical_ntk_fn(apply_fn, trace_axes=(-1,), diagonal_axes=())
@@ -433,6 +529,223 @@ def test_compiled_and_differentiated():
     assert np.isfinite(jax.grad(total)(0.0))
 
 
+FEW = QuasiMonteCarlo(64)
+
+
+@pytest.fixture(scope="module")
+def covariances():
+    """Of two inputs of four and three tokens, and the NTK between them."""
+    joint = oracle.tokens(4, correlation=0.5)[:7, :7]
+    return (joint[:4, :4], joint[:4, 4:], joint[4:, 4:]), joint[:4, 4:] + 0.3
+
+
+def second_moments(covariances, **options):
+    covs, ntk = covariances
+    return taylor_softmax.attention_second_moment(*covs, ntk12=ntk, method=FEW, **options)
+
+
+def masked(allowed):
+    return np.where(allowed, 0.0, -np.inf)
+
+
+@pytest.mark.quick
+def test_masks_are_biases(covariances):
+    causal = second_moments(covariances, bias=lambda n: masked(np.tri(n) > 0))
+    for options in ({"causal": True}, {"window": (3, 0)}):
+        for value, expected in zip(second_moments(covariances, **options), causal, strict=True):
+            np.testing.assert_array_equal(value, expected)
+    # Of queries that attend to all keys each is as it is without a row, up to the error.
+    wide, unmasked = (
+        taylor_softmax.attention_second_moment(*covariances[0], window=w) for w in (3, None)
+    )
+    limit = promised(ATTENTION_ROWS, 1.0) + promised(ATTENTION_NNGP, 1.0)
+    np.testing.assert_allclose(wide.nngp, unmasked.nngp, atol=limit * np.max(np.abs(unmasked.nngp)))
+
+
+def test_padding_is_as_if_it_was_not_there(covariances):
+    (cov11, cov12, cov22), ntk = covariances
+    present = np.array([True, True, True, False])
+    options = {"window": (1, 1), "bias": functools.partial(taylor_softmax.nn.alibi, 1)}
+    padded = second_moments(covariances, present1=present, **options)
+    short = (cov11[:3, :3], cov12[:3], cov22), ntk[:3]
+    for value, expected in zip(padded, second_moments(short, **options), strict=True):
+        limit = 5e-3 * np.max(np.abs(expected))
+        np.testing.assert_allclose(value[:3], expected, atol=limit)
+
+
+def test_shares_of_heads_are_averaged(covariances):
+    each = [
+        second_moments(covariances, bias=lambda n, k=k: taylor_softmax.nn.alibi(2, n)[k])
+        for k in (0, 1)
+    ]
+    both = second_moments(covariances, bias=functools.partial(taylor_softmax.nn.alibi, 2))
+    for value, *expected in zip(both, *each, strict=True):
+        np.testing.assert_allclose(value, sum(expected) / 2, rtol=1e-12)
+
+
+def test_rotation_by_nothing(monkeypatch, covariances):
+    unrotated = second_moments(covariances, causal=True)
+    turned = second_moments(covariances, causal=True, rotary=50.0)
+    monkeypatch.setattr(rotary, "correlations", lambda base, size, dtype: jnp.ones(size, dtype))
+    still = second_moments(covariances, causal=True, rotary=51.0)
+    for value, other, expected in zip(still, turned, unrotated, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-9)
+        assert np.max(np.abs(other - expected)) > 1e-3 * np.max(np.abs(expected))
+
+
+@pytest.mark.quick
+def test_rotary_correlations():
+    value = rotary.correlations(10000.0, 40, float)
+    expected = [
+        mpmath.quad(
+            lambda u, t=t: mpmath.cos(mpmath.mpf(10000) ** -u * t), mpmath.linspace(0, 1, 9)
+        )
+        for t in range(40)
+    ]
+    np.testing.assert_allclose(value, np.array(expected, float), atol=1e-12)
+
+
+def test_nothing_to_attend_to(covariances):
+    (cov11, cov12, cov22), ntk = covariances
+    nothing = np.zeros(3, bool)
+
+    def total(scale, bias):
+        moments = taylor_softmax.attention_second_moment(
+            scale * cov11,
+            cov12,
+            cov22,
+            ntk12=ntk,
+            present2=nothing,
+            bias=lambda n: bias[:n, :n],
+            method=FEW,
+        )
+        return sum(jnp.sum(x**2) for x in moments)
+
+    value, slopes = jax.value_and_grad(total, (0, 1))(1.0, jnp.asarray(slanted(4)))
+    assert value == 0
+    for slope in slopes:
+        np.testing.assert_array_equal(slope, jnp.zeros_like(slope))
+
+
+@pytest.mark.quick
+def test_inputs_of_other_lengths():
+    x1, x2 = token_inputs(2, 4, 5), token_inputs(3, 3, 5)
+    options = {"linear_scaling": False, "attention_mechanism": "IDENTITY"}
+    theirs = nt.stax.GlobalSelfAttention(4, 5, 6, 3, **options)
+    *_, theirs = stax.serial(stax.Dense(4), theirs)
+    *_, ours = stax.serial(stax.Dense(4), attention_layer(causal=True, method=FEW))
+    kernel, other = (f(x1, x2, mask_constant=7.0) for f in (ours, theirs))
+    for name in ("nngp", "ntk", "cov1", "cov2"):
+        assert getattr(kernel, name).shape == getattr(other, name).shape
+    swapped = np.transpose(ours(x2, x1, mask_constant=7.0).nngp, (1, 0, 3, 2))
+    np.testing.assert_allclose(kernel.nngp, swapped, atol=0.05 * np.max(swapped))
+    nothing = ours(x1, x2[:0])
+    assert nothing.nngp.shape == nothing.ntk.shape == (2, 0, 4, 3)
+
+
+def test_strict_promotion_of_types():
+    x = token_inputs(2, 3, 4).astype(np.float32)
+    network = stax.serial(
+        stax.Dense(4), attention_layer(pos_emb_type="SUM", causal=True, method=FEW)
+    )
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("strict"):
+        init_fn, apply_fn, kernel_fn = network
+        _, params = init_fn(random.key(0), x.shape)
+        assert apply_fn(params, x, mask_constant=7.0).masked_value.dtype == np.float32
+        assert kernel_fn(x, None, ("nngp", "ntk")).ntk.dtype == np.float32
+
+
+def cross_attention(**options):
+    return stax.GlobalCrossAttention(4, 6, 6, 2, W_query_std=1.5, **options)
+
+
+@pytest.mark.quick
+def test_cross_attention_is_that_of_arrays():
+    q1, q2, m1, m2 = (
+        np.random.default_rng(i).standard_normal((2, n, 4)) for i, n in enumerate((3, 2, 4, 5))
+    )
+    m1[0, 3] = m2[1, 3:] = q1[1, 2] = 7.0
+    branches = stax.parallel(stax.Dense(4), stax.Dense(4, W_std=1.3))
+    *_, kernel_fn = stax.serial(branches, cross_attention(b_std=0.3, method=FEW))
+    kernel = kernel_fn((q1, m1), (q2, m2), mask_constant=7.0)
+    assert kernel.nngp.shape == (2, 2, 3, 2)
+    assert kernel.cov1.shape == (2, 3, 3)
+    *_, of_branches = branches
+    queries, memory = of_branches((q1, m1), (q2, m2), mask_constant=7.0)
+    moments = taylor_softmax.attention_second_moment(
+        memory.cov1[0],
+        memory.nngp[0, 1],
+        memory.cov2[1],
+        queries11=queries.cov1[0],
+        queries12=queries.nngp[0, 1],
+        queries22=queries.cov2[1],
+        ntk12=memory.ntk[0, 1],
+        queries_ntk12=queries.ntk[0, 1],
+        present1=np.arange(4) < 3,
+        present2=np.arange(5) < 3,
+        scale=1.5**2,
+        method=FEW,
+    )
+    for name, expected in zip(("nngp", "ntk"), moments, strict=True):
+        np.testing.assert_allclose(getattr(kernel, name)[0, 1], expected + 0.3**2, rtol=1e-9)
+    # The query that is not there.
+    assert not np.any(kernel.nngp[1, :, 2])
+
+
+@layer
+def first_of_two():
+    """The first of two branches, which goes past an attention to the second."""
+
+    def init_fn(rng, shapes):
+        return shapes[0], ()
+
+    def apply_fn(params, inputs, **kwargs):
+        return inputs[0]
+
+    def kernel_fn(kernels, **kwargs):
+        return kernels[0]
+
+    return init_fn, apply_fn, kernel_fn
+
+
+@pytest.mark.filterwarnings("ignore:`FanIn`")
+def test_encoder_and_decoder():
+    def residual(*layers):
+        body = stax.serial(stax.LayerNorm(), *layers)
+        return stax.FanOut(2), stax.parallel(stax.Identity(), body), stax.FanInSum()
+
+    encoder = stax.serial(stax.Dense(4), *residual(attention_layer(method=FEW)), stax.LayerNorm())
+    decoder = stax.serial(stax.Dense(4), *residual(attention_layer(causal=True, method=FEW)))
+    network = stax.serial(
+        stax.parallel(decoder, encoder),
+        stax.FanOut(2),
+        stax.parallel(first_of_two(), cross_attention(method=FEW)),
+        stax.FanInSum(),
+        stax.Dense(1),
+    )
+    targets, sources = token_inputs(2, 3, 5), token_inputs(2, 4, 5)
+    init_fn, apply_fn, kernel_fn = network
+    _, params = init_fn(random.key(0), (targets.shape, sources.shape))
+    assert apply_fn(params, (targets, sources)).shape == (2, 3, 1)
+    kernel = kernel_fn((targets, sources), None, mask_constant=7.0)
+    for of in (kernel.nngp, kernel.ntk):
+        matrix = np.transpose(of, (0, 2, 1, 3)).reshape(6, 6)
+        assert np.all(np.isfinite(matrix))
+        assert np.linalg.eigvalsh(matrix)[0] > -2e-2 * np.max(matrix)
+
+
+def test_alibi():
+    # Slopes 1/2, 1/4, ... of eight heads, and of twelve those of eight and every second of 16.
+    np.testing.assert_allclose(
+        -taylor_softmax.nn.alibi(12, 3)[:, 2, 1],
+        [*(0.5 ** np.arange(1, 9)), *(0.5 ** np.arange(0.5, 4.5))],
+        rtol=1e-12,
+    )
+    np.testing.assert_allclose(
+        taylor_softmax.nn.alibi(1, 3)[0] * 256, [[0, -1, -2], [-1, 0, -1], [-2, -1, 0]]
+    )
+
+
 # Errors.
 
 
@@ -443,8 +756,32 @@ def test_arguments():
     half = taylor_softmax.attention_second_moment(*(cov.astype(np.float16),) * 3)
     assert half.nngp.dtype == np.float16
     assert half.ntk is None
-    with pytest.raises(ValueError, match=r"`values12` must have shape \(3, 3\), got \(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"`values12` must have shape \(\.\.\., 3, 3\), got \(2, 2\)"
+    ):
         moment(values12=np.eye(2))
+    with pytest.raises(ValueError, match=r"Batches must broadcast.*`ntk12` \(3, 3, 3\)"):
+        moment(ntk12=np.zeros((3, 3, 3)), present1=np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"`error` of .* does not apply to attention"):
+        moment(method=QuasiMonteCarlo(error=1e-3))
+    with pytest.raises(ValueError, match="pass `queries11`, `queries22` too"):
+        moment(queries12=cov)
+    with pytest.raises(ValueError, match="pass `queries_ntk12`, that of queries, too"):
+        moment(queries11=cov, queries12=cov, queries22=cov, ntk12=cov)
+    with pytest.raises(ValueError, match="`window` must be an integer or a pair"):
+        moment(window=(1, 2, 3))
+    with pytest.raises(ValueError, match="`window` must be at least 0, got -1"):
+        moment(window=-1)
+    with pytest.raises(ValueError, match=r"`bias` must have shape \(3, 3\) or \(B, 3, 3\)"):
+        moment(bias=np.eye(2))
+    with pytest.raises(TypeError, match="got booleans"):
+        moment(bias=np.eye(3) > 0)
+    with pytest.raises(ValueError, match="`bias` must be finite, or -inf"):
+        moment(bias=np.full((3, 3), np.nan))
+    with pytest.raises(ValueError, match=r"`rotary` must be finite and above 1, got 1\.0"):
+        moment(rotary=1.0)
+    with pytest.raises(ValueError, match="and a bias or rotary embeddings"):
+        moment(rotary=10.0, order=2, method=Direct())
     with pytest.raises(ValueError, match="`values_ntk12` is part of the NTK"):
         moment(values_ntk12=cov)
     with pytest.raises(TypeError, match="`causal` must be a boolean"):
@@ -461,6 +798,18 @@ def test_arguments():
 def test_layer_arguments():
     with pytest.raises(ValueError, match="`causal` and `order` apply to softmax attention"):
         stax.GlobalSelfAttention(4, 5, 6, 3, causal=True, order=2)
+    with pytest.raises(ValueError, match="`bias` applies to softmax attention"):
+        stax.GlobalSelfAttention(4, 5, 6, 3, bias=np.eye(3))
+    with pytest.raises(ValueError, match="`n_chan_key` must be even, got 5"):
+        attention_layer(rotary=100.0)
+    with pytest.raises(ValueError, match="`rotary` takes the place of positional embeddings"):
+        cross_attention(rotary=100.0, pos_emb_type="SUM")
+    with pytest.raises(ValueError, match="rows for 2 equal shares of the heads"):
+        attention_layer(bias=np.zeros((2, 3, 3)))[2](token_inputs(2, 3, 5))
+    with pytest.raises(ValueError, match="inputs with 2 axes have none"):
+        attention_layer()[2](token_inputs(2, 5))
+    with pytest.raises(ValueError, match="a fan-in layer of two branches"):
+        cross_attention()[2](token_inputs(2, 3, 5))
     with pytest.raises(ValueError, match="does not apply to attention"):
         attention_layer(method=Series())
     with pytest.raises(ValueError, match="one spatial axis"):

@@ -369,7 +369,12 @@ def test_everything_of_neural_tangents_is_there_and_nothing_leaks():
     import neural_tangents.stax
 
     theirs = {name for name in vars(neural_tangents.stax) if not name.startswith("_")}
-    assert set(stax.__all__) == theirs | {"LogSoftmax", "Softmax", "TaylorSoftmax"}
+    assert set(stax.__all__) == theirs | {
+        "GlobalCrossAttention",
+        "LogSoftmax",
+        "Softmax",
+        "TaylorSoftmax",
+    }
     # The check of annotations imports jaxtyping into every module.
     there = {name for name in vars(stax) if not name.startswith("_")} - {"jaxtyping"}
     assert there == set(stax.__all__)

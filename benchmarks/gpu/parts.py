@@ -121,9 +121,8 @@ def attention(quick: bool) -> Iterator[list[str]]:
     text, rows = ATTENTION.format(points=points, few=few, many=many), []
     cases = [(size, causal) for size in sizes for causal in (False, True)]
     for size, causal in steps(cases, str):
-        make: Any = functools.partial(
-            attentions.compiled, size, get=BOTH, causal=causal, varying=False
-        )
+        kind = "causal" if causal else "equal scales"
+        make: Any = functools.partial(attentions.compiled, kind, size, get=BOTH)
         exact = functools.partial(make, method=QuasiMonteCarlo(points))
         rows.append([f"{size}", "causal" if causal else "none", *measured(exact, make, counts)])
         yield [text, table(["tokens", "mask", *HEADER], rows)]

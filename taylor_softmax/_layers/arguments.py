@@ -48,14 +48,15 @@ def resolve_axis(axis: int | tuple[int, ...], batch_axis: int, ndim: int) -> tup
 
 
 def in_single_at_least(kernel_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel_fn` of a kernel, which computes float16 and bfloat16 in float32.
+    """`kernel_fn` of a kernel or several, which computes float16 and bfloat16 in float32.
 
     The kernel that it returns is in the precision of what came.
     """
 
     @functools.wraps(kernel_fn)
     def computed(k: Any, **kwargs: Any) -> Any:
-        dtype = k.nngp.dtype
+        kernels = k if isinstance(k, list | tuple) else [k]
+        dtype = jnp.result_type(*(each.nngp for each in kernels))
         if jnp.finfo(dtype).bits >= 32:
             return kernel_fn(k, **kwargs)
         return _cast(kernel_fn(_cast(k, jnp.float32), **kwargs), dtype)

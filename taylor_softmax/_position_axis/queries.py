@@ -1,8 +1,8 @@
 """Classes of the queries of one input, within which attention has one distribution.
 
-All queries see the same keys, and their logits differ in scale alone. Where the scales are equal,
-one class serves all; where not, a few scales do, between which is interpolated. Causal attention
-has a class for every position.
+All queries see the same keys. Without rows of biases their logits differ in scale alone: where the
+scales are equal, one class serves all, and where there are many queries a few scales do, between
+which is interpolated. Otherwise each query is a class.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 # Scales of queries where they differ.
-_N_SCALES = 3
+N_SCALES = 3
 
 # Scales are interpolated in log(1 / 2 + variance of the logits).
 _OFFSET = 0.5
@@ -25,31 +25,36 @@ class Classes(NamedTuple):
 
     Attributes:
       scales: `tau`, `(C,)`.
-      allowed: 1 where a key is attended to, `(C, S)`.
-      weights: of the classes for each query, `(S, C)`.
+      bias: `(C, T)`, `-inf` where a key is not attended to.
+      weights: of the classes for each query, `(A, C)`; None where each query is a class.
     """
 
     scales: Array
-    allowed: Array
-    weights: Array
+    bias: Array
+    weights: Array | None
 
 
-# From variances of queries and of the keys (both of positions that there are) and presence.
-Classify = Callable[[Array, Array, Array], Classes]
+# From the variances of queries, which of them there are, the mean variance of the keys, and which
+# keys are attended to as a row of 0 and `-inf`.
+Classify = Callable[[Array, Array, Array, Array], Classes]
 
 
-def of_each_position(variances: Array, spread: Array, present: Array) -> Classes:
-    size = len(variances)
-    earlier = jnp.asarray(np.tri(size), present.dtype)
-    return Classes(safe_sqrt(variances), earlier * present, jnp.eye(size, dtype=present.dtype))
+def of_each(bias: Array | None) -> Classify:
+    """Each query, with its row of `bias`, `(A, T)`."""
+
+    def classify(variances: Array, present: Array, spread: Array, row: Array) -> Classes:
+        rows = jnp.broadcast_to(row, (len(variances), len(row)))
+        return Classes(safe_sqrt(variances), rows if bias is None else rows + bias, None)
+
+    return classify
 
 
-def one_for_all(variances: Array, spread: Array, present: Array) -> Classes:
+def one_for_all(variances: Array, present: Array, spread: Array, row: Array) -> Classes:
     mean = jnp.sum(variances * present) / jnp.maximum(jnp.sum(present), 1)
-    return Classes(safe_sqrt(mean[None]), present[None], jnp.ones_like(present)[:, None])
+    return Classes(safe_sqrt(mean[None]), row[None], jnp.ones_like(present)[:, None])
 
 
-def of_scales(variances: Array, spread: Array, present: Array) -> Classes:
+def of_scales(variances: Array, present: Array, spread: Array, row: Array) -> Classes:
     """Nodes that cover the scales, with Lagrange weights."""
     spread = jnp.maximum(spread, jnp.finfo(spread.dtype).tiny)
     x = jnp.log(variances * spread + _OFFSET)
@@ -59,7 +64,7 @@ def of_scales(variances: Array, spread: Array, present: Array) -> Classes:
     low, high = jnp.where(low <= high, low, 0), jnp.where(low <= high, high, 0)
     centre, half = (low + high) / 2, jnp.maximum((high - low) / 2, 1e-3)
     # Chebyshev's nodes, stretched to the ends: where most queries are, as a rule.
-    nodes = np.cos((np.arange(_N_SCALES) + 0.5) * np.pi / _N_SCALES)
+    nodes = np.cos((np.arange(N_SCALES) + 0.5) * np.pi / N_SCALES)
     nodes = (nodes / nodes[0]).tolist()
     u = (x - centre) / half * present
     weights = [
@@ -67,8 +72,8 @@ def of_scales(variances: Array, spread: Array, present: Array) -> Classes:
         for node in nodes
     ]
     scales = safe_sqrt((jnp.exp(centre + half * jnp.asarray(nodes, x.dtype)) - _OFFSET) / spread)
-    allowed = jnp.broadcast_to(present, (_N_SCALES, len(present)))
-    return Classes(scales, allowed, jnp.stack(weights, -1))
+    rows = jnp.broadcast_to(row, (N_SCALES, len(row)))
+    return Classes(scales, rows, jnp.stack(weights, -1))
 
 
 def safe_sqrt(x: Array) -> Array:

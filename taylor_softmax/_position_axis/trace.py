@@ -1,22 +1,27 @@
-"""`G(V; C) = E[tr(V^T J(u) C J(v)^T)]` of softmaxes of jointly Gaussian logits, for correlations.
+"""`G(V; C)_ab = E[tr(V^T J_a C J'_b^T)]` of softmaxes of jointly Gaussian logits, in one sample.
 
-`J` is the Jacobian of `y(z)_p = f(z_p) / sum_q f(z_q)`, the logits are `u = tau xi`,
-`v = tau' xi'` for every two of a few scales and sets of allowed keys (*classes*), and
-`xi`, `xi'` have covariances `K11`, `K22` and cross-covariance `r K12`. Wanted is `G` as a
-polynomial in the correlation `r`. With `q = f' / sum f`, `J = diag(q) - y q^T` and
+`J_a` is the Jacobian of `y_a`, the softmax `y_p = f(z_p) / sum_q f(z_q)` of the logits
+`z = tau_a xi + beta_a`: every query has a scale and a row of biases of its own, `-inf` for keys
+that it does not attend to. `xi`, `xi'` have covariances `K11`, `K22` and cross-covariance `r K12`.
+Wanted is `G_ab` as a polynomial in `r`. With `q = f' / sum f`, `J = diag(q) - y q^T` and
 
-    tr(V^T J C J'^T) = q^T (V o C) q' - q^T ((C q') o (V y')) - ((C^T q) o (V^T y))^T q'
-                       + (q^T C q') (y^T V y'),
+    tr(V^T J_a C J'_b^T) = q_a^T (V o C) q'_b - q_a^T ((C q'_b) o (V y'_b))
+                           - ((C^T q_a) o (V^T y_a))^T q'_b + (q_a^T C q'_b) (y_a^T V y'_b).
 
-products of `(S, S)` with `(S, points)`. Points and their negatives at both inputs give `r` and
-`-r` at once, and so the even and the odd part of `G`, each a polynomial of few terms through its
-values at `_NODES`. At `r = 0` it is known, `tr(V^T B C B'^T)` with `B = E[J]`, and what the sample
-means of `J` miss of `B` is taken off.
+Averaged over the points, the first three terms are one product of matrices for all pairs of
+queries; the last one takes two products at each point.
+
+`(xi, xi')` and `(-xi, -xi')` have one distribution, whatever the biases are, so that points and
+their negatives at both inputs give `r` and `-r` at once: the even and the odd part of `G`, each a
+polynomial of few terms through its values at `_NODES`. At `r = 0` it is known,
+`tr(V^T B_a C B'_b^T)` with `B = E[J]`, and what the sample means of `J` miss of `B` is taken off.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -24,92 +29,126 @@ from jaxtyping import Array, Float
 
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import sampling
-from taylor_softmax._position_axis.components import Components, components
+from taylor_softmax._position_axis import components, sampling
 
 # Correlations at which `G` is sampled. A third one changes nothing that 1,024 points would show, up
 # to logit variance 4; without the second the error is 5 to 10 times as large from variance 1 on.
 _NODES = (1.0, 0.6)
 
+# Numbers in an array of a block of points on a CPU, whose caches it has to fit.
+_BLOCK = 1 << 17
+
 
 class QueryLogits(NamedTuple):
-    """QueryLogits of one input, in `C` classes.
+    """Logits of the queries of one input.
 
     Attributes:
       root: of the covariance of the `xi`.
       scales: `tau`.
-      allowed: 1 where a key is attended to, else 0.
-      components: of the classes' softmaxes, mean and mean Jacobian.
+      bias: `beta`, `-inf` for keys that a query does not attend to.
+      mean: `E[y]`.
+      slope: `E[J]`.
     """
 
     root: sampling.Root
     scales: Float[Array, "*n C"]
-    allowed: Float[Array, "*n C S"]
-    components: Components
+    bias: Float[Array, "*n C T"]
+    mean: Float[Array, "*n C T"]
+    slope: Float[Array, "*n C T T"]
+
+    def take(self, index: Array) -> "QueryLogits":
+        """The logits of the queries `index`."""
+        return QueryLogits(self.root, *(x[index] for x in self[1:]))
 
 
 def query_logits(
-    covariance: Float[Array, "S S"],
+    covariance: Float[Array, "T T"],
     noise: Float[Array, ""],
     scales: Float[Array, " C"],
-    allowed: Float[Array, "C S"],
+    bias: Float[Array, "C T"],
     surrogate: Surrogate,
+    *,
+    seed: int,
 ) -> QueryLogits:
     """The logits of one input with `covariance` right to rounding errors of size `noise`."""
     root = sampling.psd_root(covariance, noise)
+    n_points, size = components.N_POINTS, len(covariance)
+    z = sampling.normal_points(n_points, size, root.root.dtype, sampling.COMPONENTS, seed=seed)
 
-    def of_class(of: tuple[Array, Array]) -> Components:
-        scale, allowed = of
-        return components(scale * root.root, allowed, surrogate, with_curvature=False)
+    def block(z: Array) -> tuple[Array, Array]:
+        y, q = _outputs(matmul(z.T, root.root.T), scales, bias, surrogate, "sanp")
+        return jnp.sum(y, (0, 2)), _sum_of_jacobians(y, q, "sanp")
 
-    return QueryLogits(root, scales, allowed, lax.map(of_class, (scales, allowed)))
+    mean, slope = _sum_over_blocks(block, z, 2 * bias.size)
+    return QueryLogits(root, scales, bias, mean / (2 * n_points), slope / (2 * n_points))
 
 
 def coefficients(
     one: QueryLogits,
     two: QueryLogits,
-    cross: Float[Array, "S S"],
+    cross: Float[Array, "T1 T2"],
     values: list[Array],
     keys: list[Array],
     forms: list[tuple[int, int]],
     *,
+    aligned: bool,
     surrogate: Surrogate,
     n_points: int,
+    seed: int,
 ) -> Float[Array, "forms powers C D"]:
     """Coefficients of `r^0, r^1, ...` in `G(values[i]; keys[j])` for each of the `forms` `(i, j)`.
 
     Args:
-      one, two: the logits, in `C` and `D` classes.
+      one, two: the logits, of `C` and `D` queries.
       cross: `K12`.
-      values, keys: `V` and `C`, each `(S, S)`.
+      values, keys: `V` and `C`, each `(T1, T2)`.
+      aligned: of each query of `one` with the one at the same place in `two`, `(..., 1, D)`,
+        rather than of all pairs.
     """
-    slope1, slope2 = one.components.slope, two.components.slope
-    u, v, independent = _correlated_points(one, two, cross, n_points)
-    left = _Left(values, keys, forms, *_outputs(u, one.scales, one.allowed, surrogate))
-    known = [_form(slope1, values[i], keys[j], slope2) for i, j in forms]
-    missed = slope1 - _mean_jacobian(left.y, left.q)
+    size1, size2 = cross.shape
+    slope, rest, _ = sampling.correlate(one.root, two.root, cross)
+    dimension = size1 + 2 * size2
+    z = sampling.normal_points(n_points, dimension, cross.dtype, sampling.PAIRS, seed=seed)
+    pairing = (_Aligned if aligned else _AllPairs)(values, keys, forms)
 
-    def at(r: float) -> tuple[Array, Array]:
-        """Even part less its known value, and odd part."""
-        z = r * v + math.sqrt(1 - r * r) * independent
-        y, q = _outputs(z, two.scales, two.allowed, surrogate)
-        jacobian = _mean_jacobian(y, q)
-        corrections = [
-            _form(missed, values[i], keys[j], slope2) - _form(slope1, values[i], keys[j], jacobian)
-            for i, j in forms
-        ]
-        even, odd = left.traces(y, q)
-        return even + jnp.stack(corrections), odd
+    def block(z: Array) -> tuple[Array, ...]:
+        first, second, third = jnp.split(z, (size1, size1 + size2))
+        u = matmul(one.root.root, first)
+        v = matmul(slope.T, first) + matmul(rest, second)
+        independent = matmul(two.root.root, third)
+        left = pairing.outputs(u, one, surrogate)
+        traces, jacobians = [], []
+        # Not a loop of the graph, in which a processor takes 3 to 6 times as long.
+        for r in _NODES:
+            right = pairing.outputs(r * v + math.sqrt(1 - r * r) * independent, two, surrogate)
+            traces.append(pairing.traces(*left, *right))
+            jacobians.append(_sum_of_jacobians(*right, pairing.axes))
+        left_jacobian = _sum_of_jacobians(*left, pairing.axes)
+        return jnp.stack(traces), left_jacobian, jnp.stack(jacobians)
 
-    # Not a loop of the graph, in which a processor takes 3 to 6 times as long.
-    even, odd = (jnp.stack(each) for each in zip(*map(at, _NODES), strict=True))
+    largest = max(one.bias.size, two.bias.size)
+    traces, *jacobians = _sum_over_blocks(block, z, 2 * largest)
+    left, right = (x / (2 * n_points) for x in jacobians)
+    # `E[tr(V^T J_a C J'_b^T)]` without correlation, and what the samples miss of it.
+    joined = "aij,aij->a" if aligned else "aij,bij->ab"
+    known, missed = [], []
+    for i, j in forms:
+        outer = matmul(matmul(values[i].T, one.slope), keys[j])
+        inner = matmul(matmul(values[i], two.slope), keys[j].T)
+        known.append(einsum(joined, outer, two.slope))
+        of_left = einsum(joined, one.slope - left, inner)
+        missed.append([of_left - einsum(joined, outer, each) for each in right])
+    uncorrelated = jnp.stack(known)
+    even = traces[:, 0] / n_points + jnp.swapaxes(jnp.stack([jnp.stack(x) for x in missed]), 0, 1)
+    odd = traces[:, 1] / n_points
     # Of r^2, r^4, ... and of r, r^3, ...
     even, odd = (
-        einsum("kr,rfij->kfij", jnp.asarray(_fit(first), cross.dtype), values)
-        for first, values in ((2, even), (1, odd))
+        jnp.tensordot(jnp.asarray(_fit(first), cross.dtype), x, 1, precision="highest")
+        for first, x in ((2, even), (1, odd))
     )
     alternating = jnp.stack([odd, even], 1).reshape(-1, *odd.shape[1:])
-    return jnp.moveaxis(jnp.concatenate([jnp.stack(known)[None], alternating]), 0, 1)
+    result = jnp.moveaxis(jnp.concatenate([uncorrelated[None], alternating]), 0, 1)
+    return result[:, :, None] if aligned else result
 
 
 def _fit(first: int) -> np.ndarray:
@@ -118,117 +157,153 @@ def _fit(first: int) -> np.ndarray:
     return np.linalg.inv(r[:, None] ** (first + 2 * np.arange(len(r))))
 
 
-def _form(first: Array, values: Array, keys: Array, second: Array) -> Array:
-    """`tr(V^T P C P'^T)` for matrices `P`, `(C, S, S)`, and `P'`, `(D, S, S)`."""
-    left = matmul(first, keys)
-    right = matmul(values, second)
-    return einsum("ipl,jpl->ij", left, right)
+def _sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> Any:
+    """Sum of `of` over blocks of the points `z`, `(dimension, points)`.
+
+    Args:
+      per_point: numbers in the largest array for one point.
+    """
+    n_points, at_once = z.shape[1], 1 << max(3, (_BLOCK // per_point).bit_length() - 1)
+    if jax.default_backend() != "cpu" or n_points % at_once:
+        at_once = n_points
+    if at_once >= n_points:
+        return of(z)
+    blocks = jnp.swapaxes(z.reshape(len(z), -1, at_once), 0, 1)
+
+    def add(total: Any, z: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of(z)), None
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, blocks[0]))
+    total, _ = lax.scan(jax.checkpoint(add), start, blocks)
+    return total
 
 
-def _correlated_points(
-    one: QueryLogits, two: QueryLogits, cross: Array, n_points: int
-) -> tuple[Array, Array, Array]:
-    """`xi`, `xi'` at correlation 1, and an independent `xi'`, each `(S, points)`."""
-    size = len(cross)
-    z = sampling.normal_points(n_points, 3 * size, cross.dtype, sampling.PAIRS)
-    slope, rest, _ = sampling.correlate(one.root, two.root, cross)
-    first, second, third = z[:size], z[size : 2 * size], z[2 * size :]
-    v = matmul(slope.T, first) + matmul(rest, second)
-    return matmul(one.root.root, first), v, matmul(two.root.root, third)
+def _outputs(
+    z: Array, scales: Array, bias: Array, surrogate: Surrogate, axes: str
+) -> tuple[Array, Array]:
+    """`y` and `q` of all queries at points `z` and their negatives.
 
+    Args:
+      z: keys and points, in the order in which `axes` has them.
+      axes: of the results, a permutation of `s` signs, `a` queries, `n` points and `p` keys.
+    """
 
-def _outputs(z: Array, scales: Array, allowed: Array, surrogate: Surrogate) -> tuple[Array, Array]:
-    """`y` and `q` of the classes at the points `z`, `(S, n)`, and at `-z`: `(S, C, 2, n)`."""
-    # Positions, along which everything is summed, are the first axis: points are next to each
-    # other in memory.
-    signed = scales[:, None, None] * jnp.stack([z, -z], 1)[:, None]
-    value, slope, _ = surrogate.ratios(signed, allowed.T[:, :, None, None], axis=0)
+    def placed(array: Array, given: str) -> Array:
+        order = [given.index(axis) for axis in axes if axis in given]
+        return jnp.expand_dims(
+            array.transpose(order), [i for i, axis in enumerate(axes) if axis not in given]
+        )
+
+    signed = placed(jnp.stack([z, -z]), "s" + "".join(x for x in axes if x in "np"))
+    allowed = bias > -jnp.inf
+    beta = placed(jnp.where(allowed, bias, 0), "ap")
+    present = placed(allowed.astype(z.dtype), "ap")
+    logits = placed(scales, "a") * signed + beta
+    value, slope, _ = surrogate.ratios(logits, present, axis=axes.index("p"))
     return value, slope
 
 
-def _mean_jacobian(y: Array, q: Array) -> Array:
-    """`(C, S, S)`, of the outputs `(S, C, 2, n)`."""
-    size, n_classes, signs, n = y.shape
-    rows = (jnp.moveaxis(x, 1, 0).reshape(n_classes, size, signs * n) for x in (y, q))
-    first, second = rows
-    products = matmul(first, jnp.swapaxes(second, 1, 2)) / (signs * n)
-    diagonal = jnp.mean(second, -1)
-    return diagonal[:, :, None] * jnp.eye(size, dtype=y.dtype) - products
+def _sum_of_jacobians(y: Array, q: Array, axes: str) -> Array:
+    """Over signs and points, `(queries, keys, keys)`."""
+    products = einsum(f"{axes},{axes.replace('p', 'r')}->apr", y, q)
+    diagonal = einsum(f"{axes}->ap", q)
+    return diagonal[:, :, None] * jnp.eye(diagonal.shape[1], dtype=y.dtype) - products
 
 
-class _Left:
-    """The first input's outputs, and what of the traces does not depend on the second's."""
+class _Pairing:
+    """The traces of pairs of queries at a block of points."""
 
-    def __init__(
-        self,
-        values: list[Array],
-        keys: list[Array],
-        forms: list[tuple[int, int]],
-        y: Array,
-        q: Array,
-    ):
-        self.y, self.q, self.forms = y, q, forms
-        self.values, self.keys = jnp.stack(values), jnp.stack(keys)
-        self.both = jnp.stack([values[i] * keys[j] for i, j in forms])
-        of_y = _products(jnp.swapaxes(self.values, 1, 2), y)
-        of_q = _products(jnp.swapaxes(self.keys, 1, 2), q)
-        self.quadratic = [_parts(of_y[i] * of_q[j]) for i, j in forms]
+    axes: str
 
-    def traces(self, y: Array, q: Array) -> tuple[Array, Array]:
-        """Even and odd parts with the second input's outputs, `(forms, C, D)`."""
-        y_parts, q_parts, right_q = _parts(self.y), _parts(self.q), _parts(q)
-        of_y, of_q, of_both = (
-            _products(self.values, y),
-            _products(self.keys, q),
-            _products(self.both, q),
-        )
-        by_values = [_pairings(y_parts, _parts(product)) for product in of_y]
-        by_keys = [_pairings(q_parts, _parts(product)) for product in of_q]
-        even, odd = [], []
-        for form, (i, j) in enumerate(self.forms):
-            linear = _parts(of_both[form] - of_q[j] * of_y[i])
-            quadratic = self.quadratic[form]
-            v, k = by_values[i], by_keys[j]
-            sums = [
-                jnp.sum(_pairing(q_parts[s], linear[s]) - _pairing(quadratic[s], right_q[s]), -1)
-                for s in (0, 1)
-            ]
-            products = (
-                v[0][0] * k[0][0] + v[0][1] * k[0][1] + v[1][0] * k[1][0] + v[1][1] * k[1][1],
-                v[0][0] * k[1][1] + v[1][1] * k[0][0] + v[0][1] * k[1][0] + v[1][0] * k[0][1],
+    def __init__(self, values: list[Array], keys: list[Array], forms: list[tuple[int, int]]):
+        self._values, self._keys, self._forms = values, keys, forms
+
+    def outputs(self, z: Array, of: QueryLogits, surrogate: Surrogate) -> tuple[Array, Array]:
+        """`y` and `q` at the points `z`, `(keys, points)`."""
+        z = z.T if self.axes.index("n") < self.axes.index("p") else z
+        return _outputs(z, of.scales, of.bias, surrogate, self.axes)
+
+    def traces(self, left_y: Array, left_q: Array, right_y: Array, right_q: Array) -> Array:
+        """Even and odd parts, `(2, forms, pairs)`."""
+        of_values = [self._times(value, right_y) for value in self._values]
+        of_keys = [self._times(key, right_q) for key in self._keys]
+        by_values = [self._at_each_point(left_y, x) for x in of_values]
+        by_keys = [self._at_each_point(left_q, x) for x in of_keys]
+        traces = []
+        for i, j in self._forms:
+            value, key = self._values[i], self._keys[j]
+            linear = self._times(value * key, right_q) - of_keys[j] * of_values[i]
+            quadratic = self._times(value.T, left_y) * self._times(key.T, left_q)
+            traces.append(
+                self._over_signs(by_values[i] * by_keys[j])
+                + self._over_points(left_q, linear)
+                - self._over_points(quadratic, right_q)
             )
-            both, differing = (
-                (total + jnp.sum(product, -1)) / y.shape[-1]
-                for total, product in zip(sums, products, strict=True)
-            )
-            even.append(both)
-            odd.append(differing)
-        return jnp.stack(even), jnp.stack(odd)
+        return jnp.stack(traces, 1)
+
+    def _times(self, matrix: Array, outputs: Array) -> Array:
+        """`matrix` times the outputs at each point."""
+        raise NotImplementedError
+
+    def _at_each_point(self, left: Array, right: Array) -> Array:
+        """Sums over keys for all pairs of signs."""
+        raise NotImplementedError
+
+    def _over_signs(self, products: Array) -> Array:
+        """Even and odd part of the sum over points of what `_at_each_point` gives."""
+        raise NotImplementedError
+
+    def _over_points(self, left: Array, right: Array) -> Array:
+        """Even and odd part of the sum over points and keys."""
+        raise NotImplementedError
+
+    def _parts(self, outputs: Array) -> tuple[Array, Array]:
+        plus, minus = (jnp.take(outputs, i, self.axes.index("s")) for i in (0, 1))
+        return (plus + minus) / 2, (plus - minus) / 2
 
 
-def _products(matrices: Array, outputs: Array) -> Array:
-    """`(k, S, S)` with `(S, C, 2, n)`: `(k, S, C, 2, n)`."""
-    k, size, _ = matrices.shape
-    product = matmul(matrices.reshape(k * size, size), outputs.reshape(size, -1))
-    return product.reshape(k, *outputs.shape)
+class _AllPairs(_Pairing):
+    """Of all pairs of queries: products of matrices, for which keys are next to each other."""
+
+    axes = "nsap"
+
+    def _times(self, matrix: Array, outputs: Array) -> Array:
+        return matmul(outputs, matrix.T)
+
+    def _at_each_point(self, left: Array, right: Array) -> Array:
+        n, signs, n_left, size = left.shape
+        n_right = right.shape[2]
+        rows = left.reshape(n, -1, size), right.reshape(n, -1, right.shape[3])
+        product = einsum("nip,njp->nij", *rows)
+        return product.reshape(n, signs, n_left, signs, n_right)
+
+    def _over_signs(self, products: Array) -> Array:
+        each = jnp.sum(products, 0) / 4
+        same, other = each[0, :, 0] + each[1, :, 1], each[0, :, 1] + each[1, :, 0]
+        return jnp.stack([same + other, same - other])
+
+    def _over_points(self, left: Array, right: Array) -> Array:
+        parts = zip(self._parts(left), self._parts(right), strict=True)
+        return jnp.stack([einsum("nap,nbp->ab", x, y) for x, y in parts])
 
 
-def _parts(outputs: Array) -> tuple[Array, Array]:
-    """Even and odd part of `(S, C, 2, n)`, the values at points and their negatives."""
-    plus, minus = outputs[:, :, 0], outputs[:, :, 1]
-    return (plus + minus) / 2, (plus - minus) / 2
+class _Aligned(_Pairing):
+    """Of each query with the one at the same place: sums over keys, points next to each other."""
 
+    axes = "psan"
 
-def _pairing(left: Array, right: Array) -> Array:
-    """Sum over positions of `(S, C, n)` with `(S, D, n)`: `(C, D, n)`."""
-    if left.shape[1] == right.shape[1] == 1:
-        # A sum in one loop with what makes the factors; a product of matrices would store them.
-        return jnp.sum(left * right, 0)[None]
-    return einsum("pcn,pdn->cdn", left, right)
+    def _times(self, matrix: Array, outputs: Array) -> Array:
+        product = matmul(matrix, outputs.reshape(len(outputs), -1))
+        return product.reshape(-1, *outputs.shape[1:])
 
+    def _at_each_point(self, left: Array, right: Array) -> Array:
+        return jnp.sum(left[:, :, None] * right[:, None], 0)
 
-def _pairings(
-    left: tuple[Array, Array], right: tuple[Array, Array]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    first, second = (tuple(_pairing(x, y) for y in right) for x in left)
-    return first, second  # type: ignore[return-value]
+    def _over_signs(self, products: Array) -> Array:
+        each = jnp.sum(products, -1) / 4
+        same, other = each[0, 0] + each[1, 1], each[0, 1] + each[1, 0]
+        return jnp.stack([same + other, same - other])
+
+    def _over_points(self, left: Array, right: Array) -> Array:
+        parts = zip(self._parts(left), self._parts(right), strict=True)
+        return jnp.stack([jnp.sum(x * y, (0, 2)) for x, y in parts])
