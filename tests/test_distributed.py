@@ -294,6 +294,50 @@ def test_tiles_half_written_are_computed_again(damage, whole, zarr, computed):
     assert bits(whole, zarr) == want
 
 
+@pytest.mark.quick
+def test_several_that_start_at_once(whole, zarr, tmp_path, monkeypatch):
+    """All come to make the store before any has: the first makes it, the others open it."""
+    plain, ready, errors = storage._origin, threading.Barrier(4), []
+
+    def origin(plan):
+        result = plain(plan)
+        ready.wait(timeout=60)
+        return result
+
+    def start():
+        try:
+            store(tmp_path / "k", NETWORK, X1, chunks=10, resume=True)
+        except Exception as error:
+            errors.append(error)
+
+    monkeypatch.setattr(storage, "_origin", origin)
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert bits(tmp_path / "k", zarr) == bits(whole, zarr)
+
+
+@pytest.mark.parametrize("name", ["ntk/zarr.json", "done/zarr.json", "zarr.json"])
+def test_metadata_half_written_is_named(name, whole, zarr, computed):
+    want, file = bits(whole, zarr), whole / name
+    content = file.read_bytes()
+    for half in (content[:40], b""):
+        file.write_bytes(half)
+        with pytest.raises(ValueError, match=f"metadata.*{name}.*start again"):
+            store(whole, NETWORK, X1, chunks=10, resume=True)
+    if name == "zarr.json":
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    computed.clear()
+    store(whole, NETWORK, X1, chunks=10, resume=True)
+    assert not computed
+    assert bits(whole, zarr) == want
+
+
 def test_resume_begins_where_there_is_nothing(zarr, tmp_path):
     writing = store(tmp_path / "k", NETWORK, X1, chunks=10, resume=True, compute=False)
     assert np.isnan(zarr.open_group(tmp_path / "k")["nngp"][:]).all()

@@ -1,8 +1,10 @@
 """Kernels in zarr groups, tile by tile, and on from where a run was stopped."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -46,7 +48,8 @@ def store(
         so for a cluster it has to be where all of them reach it.
       kernel_fn, x1, x2, get, chunks, dtype: as those of `kernel_array`.
       resume: go on from the tiles that `url` has. Without any it starts, so that the same command
-        does for both.
+        does for both. Several that start at once share the store, and each computes what it finds
+        missing.
       compute: False returns a `dask.delayed.Delayed` which writes the tiles when it is computed.
 
     Returns:
@@ -56,7 +59,8 @@ def store(
       ImportError: dask or zarr is not installed.
       FileExistsError: `url` is not empty, and `resume` is False.
       ValueError: what `url` holds comes from another shape, dtype, `chunks`, `get`, other inputs,
-        or another `kernel_fn`, or from no kernel at all; what `kernel_array` raises.
+        or another `kernel_fn`, or from no kernel at all, or its metadata can't be read; what
+        `kernel_array` raises.
       OSError: the disk is too small, or a tile could not be written. What is whole remains.
     """
     resume, compute = check_boolean("resume", resume), check_boolean("compute", compute)
@@ -171,13 +175,9 @@ def _open(url: Any, plan: Plan, resume: bool) -> _Target:
     if isinstance(url, os.PathLike) or (isinstance(url, str) and "://" not in url):
         # Workers may be in other folders.
         url = os.path.abspath(url)
-    try:
-        group = zarr.open_group(store=url, mode="a")
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"`url` must be a zarr group, got {where}: {error}") from error
-    found = group.attrs.get(_ATTRIBUTE)
-    if found is None and (dict(group.attrs) or len(group) > 0):
+    group = _existing(zarr, url, where)
+    found = None if group is None else group.attrs.get(_ATTRIBUTE)
+    if group is not None and found is None and (dict(group.attrs) or len(group) > 0):
         raise ValueError(f"`url` holds something else than a kernel of this library: {where}.")
     if found is not None and not resume:
         raise FileExistsError(
@@ -186,20 +186,29 @@ def _open(url: Any, plan: Plan, resume: bool) -> _Target:
             f"another `url` than {where}",
         )
     origin = _origin(plan)
-    if found is None:
-        # Before any array: what has arrays has this.
-        group.attrs[_ATTRIBUTE] = origin
-    else:
-        _check_origin(where, found, origin, plan.dtypes)
+    # Several may start at once. Each writes the same metadata, and takes what another wrote first:
+    # what a group has in it when it is made is never there without what says of what it is.
+    if group is None:
+        try:
+            group = zarr.create_group(store=url, attributes={_ATTRIBUTE: origin})
+        except zarr.errors.ContainsGroupError:
+            group = _existing(zarr, url, where)
+        found = group.attrs.get(_ATTRIBUTE)
+    elif found is None:
+        group.attrs[_ATTRIBUTE] = found = origin
+    _check_origin(where, found, origin, plan.dtypes)
     rows, columns = (min(origin["chunks"], n) for n in plan.shape)
     layout: dict[str, Any] = {"compressors": None, "config": {"write_empty_chunks": True}}
 
     def array(name: str, shape: Any, dtype: Any, chunks: Any, fill: Any) -> Any:
-        if name in group:
+        with contextlib.suppress(KeyError):
+            return _readable(f"{where}/{name}/zarr.json", lambda: group[name])
+        try:
+            return group.create_array(
+                name, shape=shape, dtype=dtype, chunks=chunks, fill_value=fill, **layout
+            )
+        except zarr.errors.ContainsArrayError:
             return group[name]
-        return group.create_array(
-            name, shape=shape, dtype=dtype, chunks=chunks, fill_value=fill, **layout
-        )
 
     arrays = tuple(
         array(name, plan.shape, dtype, (rows, columns), np.nan)
@@ -207,6 +216,35 @@ def _open(url: Any, plan: Plan, resume: bool) -> _Target:
     )
     done = array("done", plan.blocks, "uint64", (1, 1), 0)
     return _Target(where, arrays, done, origin["chunks"], plan.symmetric)
+
+
+def _existing(zarr: Any, url: Any, where: str) -> Any:
+    """The group that is there, or None."""
+    try:
+        return _readable(f"{where}/zarr.json", lambda: zarr.open_group(store=url, mode="r+"))
+    except FileNotFoundError:
+        return None
+    except _Unreadable:
+        raise
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"`url` must be a zarr group, got {where}: {error}") from error
+
+
+class _Unreadable(ValueError):
+    """Metadata that a run has not written to its end."""
+
+
+def _readable(file: str, read: Callable[[], Any]) -> Any:
+    """What `read` makes of a file of metadata, or says that it can't."""
+    try:
+        return read()
+    except json.JSONDecodeError as error:
+        raise _Unreadable(
+            f"`url` holds metadata that can't be read, in {file}: {error}. If another run is "
+            "writing it, start again; if not, remove this file, and `resume=True` goes on with "
+            "what is whole."
+        ) from error
 
 
 def _check_origin(
