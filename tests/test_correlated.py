@@ -86,6 +86,58 @@ def test_thirty_classes_at_the_edges_of_what_is_promised(variance):
 
 
 @pytest.mark.quick
+def of_one_dimension(mean, root):
+    """Mean and covariance of softmax at `mean + root x`, `x` standard normal."""
+    x = np.linspace(-9, 9, 4001)
+    weight = np.exp(-(x**2) / 2) / np.sum(np.exp(-(x**2) / 2))
+    z = mean + x[:, None] * root
+    y = np.exp(z - z.max(1, keepdims=True))
+    y /= y.sum(1, keepdims=True)
+    p = weight @ y
+    return p, (y.T * weight) @ y - np.outer(p, p)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_thirty_classes_along_few_dimensions(dtype):
+    """Of alternating signs, and of classes that are one: where independent logits are far."""
+    rng = np.random.default_rng(0)
+    signs = (-1.0) ** np.arange(30)
+    roots = np.stack([signs, rng.uniform(-1, 1, 30), np.where(np.arange(30) < 1, 1.0, 0)])
+    variances = np.repeat([1.0, 10.0, 100.0], 9)
+    roots = np.sqrt(variances)[:, None] * np.tile(np.repeat(roots, 3, 0), (3, 1))
+    size = np.tile([1.0, 2.0, 5.0], 9) * np.where(variances < 50, 1, 3)
+    means = (rng.standard_normal((27, 30)) * size[:, None]).astype(dtype)
+    covariances = (roots[:, :, None] * roots[:, None, :]).astype(dtype)
+    got = both(jnp.asarray(means), jnp.asarray(covariances))
+    for i, variance in enumerate(variances):
+        error = errors.promised(errors.CORRELATED, variance, dtype)
+        want = of_one_dimension(means[i].astype(float), roots[i])
+        for one, other in zip(got, want, strict=True):
+            assert np.max(np.abs(one[i] - other)) < error, (i, variance)
+    # Control: as many dimensions as classes, of the same variances.
+    alone = predict.class_probabilities(means[0], np.diagonal(covariances[0]))
+    assert np.max(np.abs(alone - of_one_dimension(means[0].astype(float), roots[0])[0])) > 1e-3
+
+
+@pytest.mark.slow
+def test_thirty_classes_that_covary_negatively():
+    """Neighbours of correlation -0.9; pairs of -1 and of 1; full rank."""
+    t, rng = np.arange(30), np.random.default_rng(1)
+    full = rng.standard_normal((30, 30))
+    full = full @ full.T
+    scale = 1 / np.sqrt(np.diagonal(full))
+    for covariance in (
+        (-0.9) ** np.abs(t[:, None] - t),
+        np.kron(np.eye(15), [[1.0, -1.0], [-1.0, 1.0]]) + 1e-9 * np.eye(30),
+        np.kron(np.eye(15), np.ones((2, 2))) + 1e-9 * np.eye(30),
+        full * scale * scale[:, None],
+    ):
+        for variance in (1.0, 10.0, 100.0):
+            mean = rng.standard_normal(30) * (1 if variance < 50 else 3)
+            error = errors.promised(errors.CORRELATED, variance)
+            agree_with_sampling(jnp.asarray(mean), jnp.asarray(variance * covariance), error)
+
+
 def test_exact_where_there_is_an_exact_rule():
     variance = jnp.array([0.5, 3.0, 0.0])
     shift = jnp.array([0.3, -0.2, 0.6])

@@ -4,12 +4,14 @@ For `z ~ N(mu, Sigma)` there is no one-dimensional integral. What is near is: wi
 projection on differences between classes (softmax does not see a common shift; for Taylor softmax
 `P = Id`) let `D` be the diagonal matrix for which `P D P` has the diagonal of `P Sigma P`. Then
 
-    E[g(z)] = E[g(z_D)] + E[g(z) - g(z_D)],    z = mu + R x,  z_D = mu + R_D x,  x ~ N(0, Id),
+    E[g(z)] = b E[g(z_D)] + E[g(z) - b g(z_D)],    z = mu + R x,  z_D = mu + R_D x,  x ~ N(0, Id),
 
 `R`, `R_D` being the symmetric roots of `P Sigma P` and `P D P`. The first term is the exact rule of
 `moments`, the second a mean over quasi-random points `x` and their negatives, of a difference that
 is small where `D` is near: it vanishes where `Sigma` is diagonal, or so up to a shift, as
-equicorrelated logits are, and for two classes always.
+equicorrelated logits are, and for two classes always. There `b = 1`. `b` is the coefficient of
+regression of `g(z)` on `g(z_D)`, so that `g(z_D)`, which varies along as many dimensions as there
+are classes, adds no error of its own where `z` varies along few.
 """
 
 import functools
@@ -55,8 +57,8 @@ def moments(
 
     # Rematerialised in the backward pass, which otherwise would keep the points of every row.
     @jax.checkpoint
-    def rest(of: tuple[Array, Array, Array, Array]) -> tuple[Array, Array | None]:
-        centre, present, full, near = of
+    def expectations(of: tuple[Any, ...]) -> tuple[Array, Array | None]:
+        centre, present, full, near, exact_mean, exact_covariance = of
         # Principal axes first, as the first dimensions of quasi-random points are the best ones.
         axes = lax.stop_gradient(jnp.linalg.eigh(full)[1][:, ::-1])
         x = matmul(axes, points)
@@ -67,15 +69,32 @@ def moments(
             z = centre[:, None] + jnp.concatenate([step, -step], 1)
             samples.append(surrogate.softmax(z, axis=0, where=present[:, None]))
         first, other = samples
-        mean = jnp.mean(first - other, 1)
-        return mean, _covariance(first) - _covariance(other) if second else None
+        of_mean = _regression(first, other)
+        mean = of_mean * exact_mean + jnp.mean(first - of_mean * other, 1)
+        if not second:
+            return mean, None
+        # Of the squares, whose regression is that of all products nearly.
+        of_products = _regression(first**2, other**2)
+        difference = exact_covariance - _covariance(other)
+        return mean, _covariance(first) + of_products * difference
 
-    mean_rest, covariance_rest = lax.map(rest, (centre, present, full, near))
+    rows = centre, present, full, near, exact.mean, exact.covariance
+    estimate, products = lax.map(expectations, rows)
     # Estimates may be below 0 where probabilities are below the error.
-    p = jnp.maximum(exact.mean + mean_rest, 0)
+    p = jnp.maximum(estimate, 0)
     p = p / jnp.sum(p, axis=1, keepdims=True)
-    total = exact.covariance + covariance_rest if second else None
-    return Moments(p, total, exact.total)
+    return Moments(p, products, exact.total)
+
+
+def _regression(y: Array, x: Array) -> Array:
+    """The coefficient of one of samples `(C, 2 n)` on another, of means over `x` and `-x`."""
+    n = y.shape[1] // 2
+    y, x = (
+        (each[:, :n] + each[:, n:]) / 2 for each in (lax.stop_gradient(y), lax.stop_gradient(x))
+    )
+    x = x - jnp.mean(x, 1, keepdims=True)
+    own = jnp.sum(x * x)
+    return jnp.where(own > 0, jnp.sum(x * y) / jnp.where(own > 0, own, 1), 1)
 
 
 def project(covariance: Array, present: Array, surrogate: Surrogate) -> Array:
