@@ -16,6 +16,7 @@ images, 96 % against 97 %, with a larger NLL, since it is less sure than it is
 right.
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -372,7 +373,7 @@ def main() -> None:
     sample_kernels(x_train)
     path = Path(__file__).with_suffix(".png")
     draw(path, results, test_labels, evidence, by_scale)
-    print(f"\nFigure: {path.name}")
+    print(f"\nFigure: {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":

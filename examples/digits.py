@@ -6,6 +6,7 @@ entries against Monte Carlo, and draws a figure beside this file: `python
 examples/digits.py`.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def main() -> None:
     )
     path = Path(__file__).with_suffix(".png")
     draw(path, kernels, train_labels, comparison)
-    print(f"\nFigure: {path.name}")
+    print(f"\nFigure: {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.polynomial import hermite_e
 
-from taylor_softmax import _infinite_width
+from taylor_softmax import _infinite_width, stax
+from taylor_softmax._numerics import errors
 from taylor_softmax._numerics.surrogate import parse
 
 ORDERS = (2, 4, 6, 8, 10, 12, 14, 20, 32)
@@ -362,3 +363,41 @@ def test_broadcasts(order):
     # cov12 may be the one that is broadcast.
     value, slope = kernel(var1, jnp.asarray(0.1), var2, order=order)
     assert value.shape == slope.shape == (3, 2)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softmax_to_where_floats_go(dtype):
+    """The promise at its edge; beyond it a layer says so."""
+    top = {np.float32: 88.0, np.float64: 709.0}[dtype]
+    error = errors.promised(errors.INFINITE_WIDTH_SOFTMAX, top, dtype)
+    got = moments((top, top, top), None, dtype)
+    for each in got:
+        assert each.dtype == dtype
+        assert float(each) == pytest.approx(float(mpmath.exp(top)), rel=error)
+    with pytest.raises(KeyError, match="Nothing is promised"):
+        errors.promised(errors.INFINITE_WIDTH_SOFTMAX, 1.01 * top, dtype)
+    softmax = stax.Softmax(infinite_width=True)[2]
+
+    def logits(variance):
+        k = stax.Dense(8)[2](np.sqrt(np.array([[1.0], [variance]])), None)
+        return k.replace(
+            **{name: getattr(k, name).astype(dtype) for name in ("nngp", "ntk", "cov1")}
+        )
+
+    assert np.all(np.isfinite(softmax(logits(top - 10)).ntk))
+    # The NTK, of which the covariance is a factor, ends before.
+    for variance, name in ((1.02 * top, "nngp"), (top - 1, "ntk")):
+        message = f"`{name}` of .*overflows {np.dtype(dtype)}.*variances up to"
+        with pytest.raises(ValueError, match=message):
+            softmax(logits(variance))
+        assert np.isinf(jax.jit(lambda k: softmax(k).ntk)(logits(variance))).any()
+
+
+@pytest.mark.quick
+def test_orders_at_the_edge_of_the_promise():
+    top = 1e3
+    for dtype in (np.float64, np.float32):
+        error = errors.promised(errors.INFINITE_WIDTH, top, dtype)
+        for order in (2, 8):
+            assert_moments(moments((top, top, top), order, dtype), (top,) * 3, order, error)

@@ -290,3 +290,12 @@ def test_traced_numbers_that_are_wrong_are_nan_alone():
     assert np.all(np.isnan(got[1:]))
     gradient = jax.jit(jax.grad(lambda mean: probabilities(mean)[0, 0]))(mean)
     assert np.all(np.isfinite(gradient[0]))
+
+
+def test_softmax_over_one_class_warns():
+    for last in (stax.Softmax(), stax.TaylorSoftmax(2), stax.LogSoftmax()):
+        *_, kernel_fn = stax.serial(stax.Dense(1), last)
+        with pytest.warns(UserWarning, match=r"over one class.*constant.*`Dense\(n_classes\)`"):
+            kernel_fn(Z, None, "nngp")
+    *_, kernel_fn = stax.serial(stax.Dense(1), stax.Softmax(infinite_width=True))
+    assert np.ptp(kernel_fn(Z, None, "nngp")) > 0.1

@@ -60,10 +60,10 @@ def class_covariance(
     `L(t, s) = log E[exp(-t f(u_1) - s f(v_1))]`, without approximation other than quadrature: see
     the docstring of the module `taylor_softmax._class_axis.integral`.
 
-    Errors, relative to `I` at correlation 1, of `I` and of its slope: the rows on softmax over
-    classes in `taylor_softmax._numerics.errors`. Variances of 0, correlations of 1 and (by
-    rounding) beyond are fine. Differentiable in all three arguments, to any order. Beyond a
-    variance of 1e6 `I` is that at 1e6 and the same correlation.
+    Errors of `I` and of its slope, relative to the geometric mean of those of either variance at
+    correlation 1: the rows on softmax over classes in `taylor_softmax._numerics.errors`. Variances
+    of 0, correlations of 1 and (by rounding) beyond are fine. Differentiable in all three
+    arguments, to any order. Beyond a variance of 1e6 `I` is that at 1e6 and the same correlation.
 
     Args:
       var1: variances `a` of the logits at the first input, nonnegative.

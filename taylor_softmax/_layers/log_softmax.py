@@ -18,6 +18,7 @@ from taylor_softmax._layers.softmax import (
     check_not_normalised,
     elementwise,
     pairs_of_inputs,
+    warn_if_constant,
 )
 from taylor_softmax._numerics.arguments import Validated, check_axes
 from taylor_softmax._numerics.surrogate import Exponential
@@ -117,6 +118,7 @@ class _LogSoftmax:
         if k.is_reversed:
             k = k.reverse()
         n_classes = k.shape1[k.channel_axis]
+        warn_if_constant(n_classes, "class", "`Dense(n_classes)`")
         moments = _log_softmax.moments(pairs_of_inputs(k), n_classes=n_classes, method=self.method)
         same_class = elementwise(k, [(each.same, each.same_factor) for each in moments])
         return cast(

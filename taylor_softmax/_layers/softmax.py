@@ -3,10 +3,14 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from neural_tangents import Kernel
 from neural_tangents._src.stax.requirements import get_diagonal
 from neural_tangents._src.utils.utils import interleave_ones
@@ -76,6 +80,8 @@ def TaylorSoftmax(
     Raises:
       TypeError, ValueError: `order` is not an even positive integer; `axis` is out of range or is
         the batch axis; `method` does not apply to it; the input of `kernel_fn` is not Gaussian.
+        `infinite_width=True` without an order, where a concrete kernel overflows: exp of variances
+        beyond 88 in float32, 709 in float64. Inside `jit` it is infinite.
       NotImplementedError: `kernel_fn` for what has no kernel here, naming what has; `order` beyond
         32 over a finite axis.
     """
@@ -182,8 +188,9 @@ class _Softmax:
         if not over_channels:
             return _over_positions(k, axes, self.surrogate, self.method)
         if self.infinite_width:
-            return elementwise(k, self._moments(k))
+            return _check_range(k, elementwise(k, self._moments(k)))
         n_classes = _n_channels(k)
+        warn_if_constant(n_classes, "class", "`Dense(n_classes)`")
         check_not_normalised(k, "or use `infinite_width=True`")
         return cast(elementwise(k, self._moments(k)), FiniteClassKernel, n_classes=n_classes)
 
@@ -213,6 +220,31 @@ class _Softmax:
 
 def _n_channels(k: Any) -> int:
     return k.shape1[k.channel_axis]
+
+
+def warn_if_constant(n: int, what: str, before: str) -> None:
+    """Warns of a softmax over one class or position: the default filter shows it once."""
+    if n == 1:
+        warnings.warn(
+            f"This softmax is over one {what}: its output, and so its kernel, is constant. Pass "
+            f"their number to the layer before it, such as {before}.",
+            stacklevel=2,
+        )
+
+
+def _check_range(given: Kernel, k: Kernel) -> Kernel:
+    """`k`, or says that its values are beyond floats, if they are concrete."""
+    for name in ("nngp", "ntk", "cov1", "cov2"):
+        array = getattr(k, name)
+        if array is None or isinstance(array, Tracer) or not np.isinf(array).any():
+            continue
+        raise ValueError(
+            f"`{name}` of `Softmax(infinite_width=True)` grows as exp(covariance) and overflows "
+            f"{array.dtype}, whose exp ends at {math.log(jnp.finfo(array.dtype).max):.3g}: logits "
+            f"have variances up to {float(jnp.max(given.cov1)):.3g}. Lower `W_std` of the layer "
+            "before it, or use `TaylorSoftmax(order, infinite_width=True)`, which stays finite."
+        )
+    return k
 
 
 def check_gaussian(k: Any) -> None:

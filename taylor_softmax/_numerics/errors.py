@@ -19,7 +19,8 @@ class Promise(NamedTuple):
     Attributes:
       quantity: what it is of.
       variance: of the logits, up to which it holds.
-      float64, float32: the error in either precision, in the unit of its `Table`.
+      float64, float32: the error in either precision, in the unit of its `Table`; infinite where
+        nothing is promised.
     """
 
     quantity: str
@@ -42,7 +43,8 @@ HIGH_VALUE = f"orders 10 to {LARGEST_FINITE_ORDER} over up to 1,000 classes, NNG
 HIGH_SLOPE = f"orders 10 to {LARGEST_FINITE_ORDER} over up to 1,000 classes, NTK"
 HIGH_MANY_VALUE = f"orders 10 to {LARGEST_FINITE_ORDER} over more classes, NNGP"
 HIGH_MANY_SLOPE = f"orders 10 to {LARGEST_FINITE_ORDER} over more classes, NTK"
-INFINITE_WIDTH = "infinite width, any order"
+INFINITE_WIDTH = "infinite width, any even order"
+INFINITE_WIDTH_SOFTMAX = "infinite width, softmax, whose value is exp of the covariance"
 POSITIONS_CLOSED_FORM = "over up to 32 positions, order 2"
 POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
 POSITIONS_NTK = "over up to 16 positions, other orders and softmax, NTK"
@@ -68,22 +70,26 @@ class Table(NamedTuple):
     quantities: tuple[str, ...]
 
 
+# Over an axis of i.i.d. logits: the value at correlation 1 is that of an input with itself, and two
+# inputs of different variances have two of them.
+_OWN = "relative to the geometric mean of the two inputs' values at correlation 1"
+
 TABLES = (
     Table(
         "Softmax over classes",
-        "relative to the value at correlation 1",
+        _OWN,
         (SOFTMAX_VALUE, SOFTMAX_SLOPE, SOFTMAX_MANY_VALUE, SOFTMAX_MANY_SLOPE),
     ),
     Table(
         "Taylor softmax over classes",
-        "relative to the value at correlation 1",
+        _OWN,
         (
             *(CLOSED_FORM_VALUE, CLOSED_FORM_SLOPE),
             *(LOW_VALUE, LOW_SLOPE, LOW_FEW_SLOPE),
             *(HIGH_VALUE, HIGH_SLOPE, HIGH_MANY_VALUE, HIGH_MANY_SLOPE),
         ),
     ),
-    Table("Infinite width", "relative to the value at correlation 1", (INFINITE_WIDTH,)),
+    Table("Infinite width", _OWN, (INFINITE_WIDTH, INFINITE_WIDTH_SOFTMAX)),
     Table(
         "Softmax over positions",
         "relative to the largest entry",
@@ -136,6 +142,9 @@ PROMISES = (
     Promise(HIGH_MANY_SLOPE, 20.0, 1e-4, 2e-4),
     Promise(HIGH_MANY_SLOPE, 1e6, 7e-3, 7e-3),
     Promise(INFINITE_WIDTH, 1e3, 1e-12, 1e-5),
+    # To where floats go.
+    Promise(INFINITE_WIDTH_SOFTMAX, 88.0, 1e-12, 1e-5),
+    Promise(INFINITE_WIDTH_SOFTMAX, 709.0, 1e-12, math.inf),
     Promise(POSITIONS_CLOSED_FORM, 4.0, 1e-7, 1e-4),
     Promise(POSITIONS_CLOSED_FORM, 100.0, 1e-5, 1e-4),
     Promise(POSITIONS_CLOSED_FORM, 1e4, 1e-3, 1e-3),
@@ -168,7 +177,9 @@ def promised(quantity: str, variance: float, dtype: DTypeLike = float) -> float:
     """
     for promise in PROMISES:
         if promise.quantity == quantity and variance <= promise.variance:
-            return promise.float64 if jnp.finfo(dtype).bits == 64 else promise.float32
+            error = promise.float64 if jnp.finfo(dtype).bits == 64 else promise.float32
+            if math.isfinite(error):
+                return error
     raise KeyError(f"Nothing is promised of {quantity!r} at variance {variance:g}.")
 
 
@@ -193,11 +204,15 @@ def _scientific(x: float) -> str:
 
 def _cell(quantity: str, variance: float) -> str:
     """The promise of both precisions, or a dash where nothing is promised."""
-    try:
-        errors = [promised(quantity, variance, dtype) for dtype in (jnp.float64, jnp.float32)]
-    except KeyError:
-        return "-"
-    return " / ".join(map(_scientific, sorted(set(errors))))
+
+    def shown(dtype: DTypeLike) -> str:
+        try:
+            return _scientific(promised(quantity, variance, dtype))
+        except KeyError:
+            return "-"
+
+    # One for both, where they are equal.
+    return " / ".join(dict.fromkeys(map(shown, (jnp.float64, jnp.float32))))
 
 
 def markdown() -> str:

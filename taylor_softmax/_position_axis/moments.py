@@ -118,7 +118,8 @@ def joint_second_moment(
         `Direct()` at order 2.
 
     Returns:
-      `(..., S, S)`; dimensionless, the entries of each matrix sum to 1.
+      `(..., S, S)`; dimensionless, the entries of each matrix sum to 1, at order 2 within 3e-5 up
+      to variances of 1e4.
 
     Raises:
       TypeError, ValueError: `order` or `method` is not one of the above; a covariance is not of
