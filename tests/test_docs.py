@@ -41,7 +41,7 @@ def test_blocks_run(page, capsys):
 
 @pytest.mark.quick
 def test_kernel_of_the_readme_is_what_it_claims(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     namespace = {}
     exec(example, namespace)
     assert namespace["kernel"].nngp.shape == namespace["kernel"].ntk.shape == (3, 3)
@@ -75,6 +75,12 @@ def test_formulas_come_out_whole():
         for display, inline in found:
             converted = formulas.mathml(display or inline, display=bool(display))
             assert not formulas.mistakes(converted), (page.name, display or inline)
+
+
+@pytest.mark.quick
+def test_bold_digits_are_characters():
+    assert formulas.mathml(r"\mathbf{1}\mathbf{1}^T").count("<mn>\U0001d7cf</mn>") == 2
+    assert "<mn>1</mn>" in formulas.mathml("1")
 
 
 @pytest.mark.quick

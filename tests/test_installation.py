@@ -1,5 +1,7 @@
 """What the README says of installing works in a fresh environment, and the wheel is whole.
 
+Then the two ways into the library that the README shows are followed and timed.
+
 Needs a network, and minutes: `make test-install`, not `make test`.
 """
 
@@ -9,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -16,11 +19,15 @@ import pytest
 pytestmark = pytest.mark.install
 
 ROOT = pathlib.Path(__file__).parents[1]
-INSTALL, _ = (ROOT / "README.md").read_text().split("[end:install]")
+README = (ROOT / "README.md").read_text()
+INSTALL, _ = README.split("[end:install]")
+CLASSIFIER, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BLOCKS = {
     "uv" if block.startswith("uv") else "pip": block
     for block in re.findall(r"```bash\n(.*?)```", INSTALL, re.DOTALL)
 }
+# Seconds: three times what the README says, for machines that do something else, too.
+LONGEST = 30
 # A kernel at a variance that is served by the samples that come with the package.
 SMOKE = """
 import importlib.util
@@ -54,7 +61,7 @@ def clone(tmp_path):
 
 
 def run(command, cwd):
-    """`command` in a shell, outside of the environment of these tests."""
+    """What `command` prints, in a shell outside of the environment of these tests."""
     inside = pathlib.Path(sys.executable).parent
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     # The commands `python`, of the interpreter below this environment, and `uv`, which is in it.
@@ -72,6 +79,7 @@ def run(command, cwd):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("tool", ["uv", "pip"])
@@ -79,6 +87,29 @@ def test_block_of_the_readme(tool, clone, tmp_path):
     run(BLOCKS[tool], clone)
     (tmp_path / "smoke.py").write_text(SMOKE)
     run("clone/.venv/bin/python smoke.py", tmp_path)
+
+    assert len([line for line in CLASSIFIER.splitlines() if line]) <= 10
+    (tmp_path / "classifier.py").write_text(CLASSIFIER)
+    start = time.perf_counter()
+    accuracy, nll = map(float, run("clone/.venv/bin/python classifier.py", tmp_path).split())
+    seconds = time.perf_counter() - start
+    print(f"The first example, installed with {tool}: {seconds:.1f} s.")
+    assert accuracy > 0.85
+    assert nll < 0.7
+    assert seconds < LONGEST
+
+
+def test_demo(clone):
+    """`make demo`, which installs the examples' extra alone."""
+    start = time.perf_counter()
+    printed = run("make demo", clone)
+    print(f"make demo, with its installation: {time.perf_counter() - start:.0f} s.")
+    assert "test accuracy" in printed
+    assert (clone / "examples" / "digits.png").exists()
+    packages = run(".venv/bin/python -m pip list", clone)
+    assert "matplotlib" in packages
+    assert "pytest" not in packages
+    assert "pyright" not in packages
 
 
 def test_wheel_is_whole_and_works(clone, tmp_path):

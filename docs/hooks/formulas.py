@@ -10,6 +10,9 @@ import latex2mathml.converter
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 # The converter passes on what it does not know: `&` of an unknown environment, unknown commands.
 UNCONVERTED = re.compile(r"<m[inos]\b[^>]*>(?:&(?:amp;)?|[^<]*\\[^<]*)</m[inos]>")
+# Browsers know no `mathvariant` but "normal" (MathML Core): a bold digit is a character of its own.
+BOLD = re.compile(r'<mn mathvariant="bold">(\d+)</mn>')
+BOLD_DIGITS = {ord("0") + digit: 0x1D7CE + digit for digit in range(10)}
 # Pygments' class of what is not in the language of a block of code.
 NOT_CODE = re.compile(r'<span class="err">.*?</span>')
 
@@ -17,7 +20,8 @@ NOT_CODE = re.compile(r'<span class="err">.*?</span>')
 def mathml(formula: str, *, display: bool = False) -> str:
     """`formula`, in LaTeX, as MathML."""
     mode = "block" if display else "inline"
-    return latex2mathml.converter.convert(formula.strip(), display=mode)
+    converted = latex2mathml.converter.convert(formula.strip(), display=mode)
+    return BOLD.sub(lambda match: f"<mn>{match[1].translate(BOLD_DIGITS)}</mn>", converted)
 
 
 def mistakes(page: str) -> list[str]:

@@ -1,5 +1,8 @@
 """What the site has beyond its pages: executed notebooks, and the figures of reports."""
 
+# The environment of the site has these packages, that of the checks does not.
+# pyright: reportMissingImports=false
+
 import logging
 import os
 from collections.abc import Iterator
@@ -43,14 +46,13 @@ def page(path: Path, *, execute: bool) -> Iterator[tuple[str, str | bytes]]:
     """
     notebook = jupytext.read(path)
     if execute:
-        # Figures go into the page, whatever the environment says of a screen. The kernel's own log
-        # goes nowhere: on shutdown it warns of sockets, and an error of a cell raises here anyway.
+        # Figures go into the page, whatever the environment says of a screen.
         env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-        kernel.extra_arguments = ["--log-level=CRITICAL"]
         # A cell prints in several messages; `coalesce_streams` makes one block of them.
         client = NotebookClient(notebook, timeout=TIMEOUT, km=kernel, coalesce_streams=True)
-        client.execute(env=env)
+        # A kernel that is left running finds its parent gone, and says so after the prompt.
+        client.execute(env=env, cleanup_kc=True)
     text, resources = MarkdownExporter().from_notebook_node(
         notebook, {"unique_key": path.stem, "output_files_dir": path.stem}
     )
