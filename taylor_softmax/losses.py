@@ -25,20 +25,22 @@ def cross_entropy(
 ) -> Callable[[Array, Array], Any]:
     """The cross-entropy `-sum_i y_i log p_i`, averaged over all axes but the last.
 
-    For `nt.predict.gradient_descent(loss, k_train_train, y_train, trace_axes=())` with the kernel
-    `nt.empirical_ntk_fn(apply_fn, trace_axes=())` of a network that ends
+    Use it with `nt.predict.gradient_descent(loss, k_train_train, y_train, trace_axes=())` and the
+    kernel `nt.empirical_ntk_fn(apply_fn, trace_axes=())` of a network.
 
-    - in logits: `p` is their softmax, or their Taylor softmax (de Brebisson & Vincent 2016, arXiv
-      1511.05042, eq. 5) if `order` is given. Computed from `log f(z_i) - log sum_j f(z_j)`: finite,
-      as is its gradient, for logits of any size up to 1e37. A logit of `-inf` excludes its class:
-      infinite where that is the target, and as if it were not there otherwise.
-    - in `stax.Softmax` or `stax.TaylorSoftmax`: pass `probabilities=True`; `p` is the output. A
-      linearised network can leave the simplex. Below `eps`, the rounding error of 1, the logarithm
-      goes on along its tangent: the loss stays convex and differentiable, and drives outputs back.
+    - The network ends in logits. Then `p` is their softmax, or their Taylor softmax if `order` is
+      given (de Brebisson & Vincent 2016, arXiv 1511.05042, eq. 5). The loss is computed from
+      `log f(z_i) - log sum_j f(z_j)`. It and its gradient are finite for logits of any size up to
+      1e37. A logit of `-inf` excludes its class: the loss is infinite where that class is the
+      target, and does not see the class otherwise.
+    - The network ends in `stax.Softmax` or `stax.TaylorSoftmax`. Pass `probabilities=True`. Then
+      `p` is the output. A linearised network can leave the simplex. Below `eps`, the rounding error
+      of 1, the logarithm is replaced by its tangent. The loss stays convex and differentiable, and
+      drives outputs back.
 
-    With a `margin` `m > 0`, the soft-margin softmax (Liang et al. 2017) and, if `order` is given,
-    the SM-Taylor softmax (Banerjee et al. 2020, arXiv 2011.11538): the logit of each target has to
-    exceed the others by `m` for the same loss,
+    A `margin` `m > 0` makes it the soft-margin softmax (Liang et al. 2017), or with an `order` the
+    SM-Taylor softmax (Banerjee et al. 2020, arXiv 2011.11538). The logit of each target must exceed
+    the others by `m` for the same loss:
 
         p_i = f(z_i - m) / (f(z_i - m) + sum_{j != i} f(z_j)).
 
@@ -48,13 +50,13 @@ def cross_entropy(
       margin: `m`, in units of a logit; nonnegative and finite.
 
     Returns:
-      `loss(fx, y)` for outputs and targets of the same shape `(..., C)`, the targets one-hot or
-      probabilities; a scalar, in nats.
+      `loss(fx, y)`, a scalar in nats, of outputs and targets of the same shape `(..., C)`. The
+      targets are one-hot, or probabilities.
 
     Raises:
       TypeError: `order` is not an integer, `probabilities` no boolean, or `margin` no number.
-      ValueError: `order` is odd or below 2; `margin` is negative or not finite; or one of them is
-        given although outputs are probabilities.
+      ValueError: `order` is odd or below 2, `margin` is negative or not finite, or one of them is
+        given although the outputs are probabilities.
     """
     log_probabilities = _log_probabilities(parse(order), probabilities, margin)
 

@@ -36,11 +36,12 @@ def kernel_array(
     chunks: Validated[int] = 2048,
     dtype: Validated[Any] = None,
 ) -> Any:
-    """Kernel matrices as lazy `dask.array`s, a task for each tile.
+    """Kernel matrices as lazy `dask.array`s, with a task for each tile.
 
-    Where `x2` is None, tiles below the diagonal are those above it, transposed. A worker compiles
-    `kernel_fn` once for each shape of tiles, at most four. Settings of JAX stay as they are; what
-    travels to the workers is whether float64 is enabled, and nothing else.
+    Where `x2` is None, tiles below the diagonal are the transposed tiles above it. A worker
+    compiles `kernel_fn` once for each shape of tiles, of which there are at most four. The function
+    leaves the settings of JAX as they are. Workers learn whether float64 is enabled, and no other
+    setting.
 
     Args:
       kernel_fn: as neural_tangents and `taylor_softmax.stax` have it, called as
@@ -50,13 +51,13 @@ def kernel_array(
         of a zarr array, read tile by tile. Also tuples or lists of them, for networks of several
         inputs. Integers count as floating-point numbers, but in a tuple or list remain integers.
       get: "nngp", "ntk" or a tuple of both.
-      chunks: rows and columns of a tile; those at the end may have fewer.
-      dtype: of inputs and results. None leaves it to JAX, its settings, and the inputs;
-        "float64" enables it for this kernel, others disable it.
+      chunks: number of rows and columns of a tile. Tiles at the end may have fewer.
+      dtype: of inputs and results. None leaves it to JAX, to its settings and to the inputs.
+        "float64" enables float64 for this kernel. Others disable it.
 
     Returns:
-      An array of shape `(N1, N2)`, or a named tuple of them as `get` names them. Compute them
-      together (`dask.compute`): each by itself computes its tiles anew.
+      An array of shape `(N1, N2)`, or a named tuple of them with the names of `get`. Compute them
+      together, with `dask.compute`: each of them computes its tiles anew by itself.
 
     Raises:
       ImportError: dask is not installed.

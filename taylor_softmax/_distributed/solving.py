@@ -14,23 +14,24 @@ from taylor_softmax._numerics.arguments import Validated, check_boolean, check_i
 
 @dataclasses.dataclass(frozen=True)
 class Cholesky:
-    """Factorises by dask's blocked Cholesky, `N^3 / 3` operations, when the result is computed.
+    """Dask's blocked Cholesky factorisation, which takes `N^3 / 3` operations.
 
-    The workers together have to hold the kernel and its factor.
+    It runs when the result is computed. The workers together must hold the kernel and its factor.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class ConjugateGradients:
-    """Conjugate gradients at once, reading the kernel, best from a store, in each iteration.
+    """Conjugate gradients, which run at once and read the kernel in each iteration.
 
-    Preconditioned by the kernel's Nyström approximation from evenly spaced inputs; all columns of
-    the right-hand side together, in float64.
+    The kernel is best read from a store. The preconditioner is its Nyström approximation from
+    evenly spaced inputs. All columns of the right-hand side are solved together, in float64.
 
     Attributes:
-      tol: norm of the residual over that of the right-hand side, of each column, to stop at.
-      max_iterations: after which it raises.
-      rank: of the approximation. It takes `N * rank` numbers of 8 bytes.
+      tol: the iteration stops where, for each column, the norm of the residual is less than `tol`
+        times that of the right-hand side.
+      max_iterations: the number of iterations after which it raises.
+      rank: rank of the approximation, which takes `N * rank` numbers of 8 bytes.
 
     Raises:
       TypeError, ValueError: `tol` is not positive, or the others are not positive integers.
@@ -58,21 +59,21 @@ def solve(
 ) -> LazyArray:
     """Solves `(K + r I) alpha = y`, least squares with a Gaussian process.
 
-    The mean at test inputs is `k_test_train @ alpha`, as `nt.predict.gradient_descent_mse_ensemble`
-    has it for infinite time with the same `diag_reg`.
+    The mean at test inputs is `k_test_train @ alpha`. It is the mean that
+    `nt.predict.gradient_descent_mse_ensemble` has after infinite time with the same `diag_reg`.
 
     Args:
-      kernel: K, `(N, N)`, symmetric: of dask, zarr or NumPy.
-      y: `(N,)` or `(N, C)`: of dask or NumPy.
+      kernel: K, symmetric, `(N, N)`, an array of dask, zarr or NumPy.
+      y: `(N,)` or `(N, C)`, an array of dask or NumPy.
       diag_reg: `r`, relative to the mean of K's diagonal.
       diag_reg_absolute_scale: `diag_reg` is `r` itself.
       method: `Cholesky()`, the default, or `ConjugateGradients()`.
 
     Returns:
-      alpha, of the shape of `y`.
+      alpha, which has the shape of `y`.
 
     Raises:
-      TypeError: `method` is neither, or arguments are of other types.
+      TypeError: `method` is neither of the two, or arguments are of other types.
       ValueError: shapes don't fit, or `diag_reg` is negative.
       numpy.linalg.LinAlgError: `K + r I` is not positive definite; from `Cholesky` when alpha is
         computed.
