@@ -221,11 +221,11 @@ def markdown() -> str:
     for title, unit, quantities in TABLES:
         variances = sorted({p.variance for p in PROMISES if p.quantity in quantities})
         rows = [
-            f"| {unit}, up to variance | {' | '.join(f'{v:,.0f}' for v in variances)} |",
+            f"| up to variance | {' | '.join(f'{v:,.0f}' for v in variances)} |",
             "|---|" + "--:|" * len(variances),
         ]
         for quantity in quantities:
             cells = " | ".join(_cell(quantity, variance) for variance in variances)
             rows.append(f"| {quantity} | {cells} |")
-        parts.append("\n".join([f"## {title}", "", *rows]))
+        parts.append("\n".join([f"## {title}", "", f"Errors are {unit}.", "", *rows]))
     return "\n\n".join(parts)
