@@ -13,9 +13,10 @@ from oracles import probabilities as oracle
 from taylor_softmax import losses, predict
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._probabilities import rules
+from taylor_softmax._probabilities.blocks import in_graph
 from taylor_softmax._probabilities.log_normalizer import log_normalizer
 from taylor_softmax._probabilities.moments import _mean as mean_by_rule
-from taylor_softmax._probabilities.moments import in_blocks, moments
+from taylor_softmax._probabilities.moments import moments
 
 ORDERS = (None, 2, 4, 32)
 
@@ -390,7 +391,8 @@ def test_ten_thousand_classes(order):
 def test_memory_does_not_grow_with_the_points(order):
     def temporary_bytes(n):
         one = jnp.ones((n, 10_000))
-        lowered = in_blocks.lower(mean_by_rule, one, one, parse(order))
+        choices = rules.for_surrogate(parse(order))
+        lowered = in_graph.lower(mean_by_rule, one, one, parse(order), 1, choices)
         memory = lowered.compile().memory_analysis()
         return memory.temp_size_in_bytes - 10 * memory.output_size_in_bytes
 
@@ -418,6 +420,33 @@ def test_points_of_all_kinds_keep_their_places(order):
     ).reshape(mean.shape)
     np.testing.assert_allclose(got, alone, atol=2e-8)
     np.testing.assert_allclose(in_blocks, np.broadcast_to(alone, in_blocks.shape), atol=2e-8)
+
+
+@pytest.mark.quick
+def test_what_is_compiled_serves_any_number_of_points(caplog):
+    """Of concrete points only the rules that they need are compiled, and those once."""
+
+    def compiled(mean, variance):
+        caplog.clear()
+        with jax.log_compiles():
+            got = predict.class_probabilities(mean, variance)
+        return got, sum("Finished XLA compilation" in each for each in caplog.messages)
+
+    rng = np.random.default_rng(9)
+    # So many classes as no other test has.
+    mean, variance = rng.normal(size=(50, 13)), np.full((50, 1), 0.5)
+    got, first = compiled(mean, variance)
+    assert first > 0
+    np.testing.assert_allclose(
+        got, jax.jit(predict.class_probabilities)(mean, variance), atol=1e-14
+    )
+    for n in (49, 33):
+        other, again = compiled(mean[:n], variance[:n])
+        np.testing.assert_array_equal(other, got[:n])
+        assert again == 0
+    # Control: another rule is another function.
+    _, other = compiled(mean, variance + 2)
+    assert other > 0
 
 
 @pytest.mark.quick

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
@@ -110,6 +110,16 @@ def concrete(array: Array) -> Any:
     return array if isinstance(array, Tracer) else np.asarray(array)
 
 
+def known(array: Any) -> Any:
+    """The numbers of an array, which are known while derivatives by them are traced, too."""
+    return concrete(lax.stop_gradient(array) if isinstance(array, Tracer) else array)
+
+
+def constant(array: Any) -> Any:
+    """`array`, of which nothing is differentiated."""
+    return lax.stop_gradient(array) if isinstance(array, Array) else array
+
+
 def namespace(*arrays: Any) -> Any:
     """`numpy` where no array is one of JAX, otherwise `jax.numpy`."""
     return jnp if any(isinstance(array, Array) for array in arrays) else np
@@ -140,7 +150,7 @@ def check_variances(name: str, array: Any) -> Any:
     return check_entries(name, array, valid, "nonnegative and finite")
 
 
-def check_pairs(var1: Array, cov12: Array, var2: Array, *, dtype: DTypeLike) -> Array:
+def check_pairs(var1: Array, cov12: Array, var2: Array, *, dtype: DTypeLike) -> Known:
     """Where variances and covariances of pairs are those of Gaussian variables.
 
     Args:

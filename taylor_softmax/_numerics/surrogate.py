@@ -20,6 +20,8 @@ import numpy as np
 import scipy.optimize
 from jax import Array, lax
 
+from taylor_softmax._numerics.arguments import constant, namespace
+
 # Of Taylor softmax over a finite axis: the range in which its kernels are tested. By then they are
 # softmax's own to many digits.
 LARGEST_FINITE_ORDER = 32
@@ -58,8 +60,11 @@ class Surrogate(abc.ABC):
         """Where `f` is smallest; it falls before and rises after."""
 
     @abc.abstractmethod
-    def log_value(self, z: Array) -> Array:
-        """`log f(z)`, of the shape of `z`; finite and differentiable for `|z|` up to 1e37."""
+    def log_value(self, z: Any) -> Any:
+        """`log f(z)`, of the shape of `z`; finite and differentiable for `|z|` up to 1e37.
+
+        Of NumPy's arrays in NumPy, which compiles nothing.
+        """
 
     @abc.abstractmethod
     def relative_change(self, z: Array, step: Array) -> Array:
@@ -130,7 +135,7 @@ class Exponential(Surrogate):
     def minimiser(self) -> float:
         return -math.inf
 
-    def log_value(self, z: Array) -> Array:
+    def log_value(self, z: Any) -> Any:
         return z
 
     def relative_change(self, z: Array, step: Array) -> Array:
@@ -166,10 +171,10 @@ class TaylorPolynomial(Surrogate):
     def minimiser(self) -> float:
         return _minimiser(self.order)
 
-    def log_value(self, z: Array) -> Array:
+    def log_value(self, z: Any) -> Any:
         # What a common power of numerator and denominator is to `softmax`, each entry has here.
-        scale = self._scale(jnp.abs(z))
-        return jnp.log(self._scaled(z, scale)) + self.order * jnp.log(scale)
+        scale, log = self._scale(abs(z)), namespace(z).log
+        return log(self._scaled(z, scale)) + self.order * log(scale)
 
     def relative_change(self, z: Array, step: Array) -> Array:
         roots = _quadratic_factors(self.order)
@@ -196,14 +201,15 @@ class TaylorPolynomial(Surrogate):
         (value, slope), (_, curvature) = jax.jvp(value_and_slope, (z,), (ones,))
         return value, slope, curvature
 
-    def _scale(self, largest: Array) -> Array:
+    def _scale(self, largest: Any) -> Any:
         """What logits of that size are divided by: ratios of `f` don't depend on it.
 
         Nor do their gradients, so that it needs none.
         """
-        return lax.stop_gradient(jnp.maximum(1.0, largest / _quadratic_factors(self.order).unit))
+        unit = _quadratic_factors(self.order).unit
+        return constant(namespace(largest).maximum(1.0, largest / unit))
 
-    def _scaled(self, z: Array, scale: Array) -> Array:
+    def _scaled(self, z: Any, scale: Any) -> Any:
         """`f_m(z) / scale^m` as a product of `m/2` positive quadratics.
 
         Horner's form of `f_m` cancels for negative `z`: in float32, at order 32, it turns negative
@@ -212,7 +218,7 @@ class TaylorPolynomial(Surrogate):
         roots = _quadratic_factors(self.order)
         # Every factor is divided by the m-th root of m!, which alone would overflow.
         unit = roots.unit * scale
-        value = jnp.ones_like(z * scale)
+        value = namespace(z).ones_like(z * scale)
         for real, imag in zip(roots.real, roots.imag, strict=True):
             value = value * (((z - real) / unit) ** 2 + (imag / unit) ** 2)
         return value

@@ -22,7 +22,8 @@ import numpy as np
 from jax import Array, lax
 
 from taylor_softmax._numerics.surrogate import Exponential, Surrogate
-from taylor_softmax._probabilities.moments import in_blocks, integrand
+from taylor_softmax._probabilities.blocks import in_blocks
+from taylor_softmax._probabilities.moments import integrand
 from taylor_softmax._probabilities.rules import Logits, Rule
 
 

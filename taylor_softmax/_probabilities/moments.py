@@ -23,8 +23,7 @@ both of the order of the variances.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +32,9 @@ from jax import Array, lax
 from taylor_softmax._numerics.precision import einsum, off_zero
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._probabilities import rules
+from taylor_softmax._probabilities.blocks import in_blocks
 from taylor_softmax._probabilities.rules import Logits, Rule
 from taylor_softmax._probabilities.transform import NARROW, Tilted, tilted
-
-# Logits times outer nodes in one step of the loop over points: 0.5 MB in float64, which stays in
-# cache (measured on a CPU, 10,000 points of 10 classes: a quarter of it takes twice as long, twice
-# as much the same time).
-_BLOCK = 1 << 16
-
-Result = TypeVar("Result")
 
 
 class Moments(NamedTuple):
@@ -84,63 +77,6 @@ def _moments_jvp(
     return moments(mean, variance, surrogate, covariance), jax.jvp(shifted, primals, tangents)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def in_blocks(
-    by_rule: Callable[[Logits, Rule, Surrogate], Result],
-    mean: Array,
-    variance: Array,
-    surrogate: Surrogate,
-    count: int = 1,
-) -> Result:
-    """What `by_rule` integrates for blocks of points, of points `(N, C)`, by fine enough rules.
-
-    Args:
-      count: how many classes each column stands for.
-    """
-    n_points, n_classes = mean.shape
-    logits = _present(mean, variance, count)
-    if surrogate.is_shift_invariant:
-        # Softmax does not see a shift; logits of 1e3 would lose digits.
-        largest = jnp.max(logits.mean, axis=1, keepdims=True)
-        logits = logits._replace(mean=logits.mean - lax.stop_gradient(largest))
-    choices = rules.for_surrogate(surrogate)
-    fine = rules.fine_enough(jax.tree.map(lax.stop_gradient, logits), choices, surrogate)
-
-    def with_rule(rule: Rule) -> Callable[[Logits], Result]:
-        return lambda logits: by_rule(logits, rule, surrogate)
-
-    branches = [with_rule(rule) for rule in choices]
-
-    # Rematerialised in the backward pass, which otherwise would keep every block's intermediates.
-    @jax.checkpoint
-    def block(points: Array) -> Result:
-        index = jnp.argmax(jnp.all(fine[:, points], axis=1))
-        return lax.switch(index, branches, jax.tree.map(lambda x: x[points], logits))
-
-    if not n_points:
-        shapes: Any = jax.eval_shape(branches[0], logits)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    # Points that need the same rule come together, so that few wait for what others need.
-    by_need = jnp.argsort(jnp.argmax(fine, axis=0))
-    size = max(1, min(n_points, _BLOCK // (n_classes * choices[0].outer)))
-    n_blocks = -(-n_points // size)
-    padded = jnp.pad(by_need, (0, n_blocks * size - n_points), mode="edge")
-    blocks = lax.map(block, padded.reshape(n_blocks, size))
-    restore = jnp.argsort(by_need)
-    return jax.tree.map(lambda x: x.reshape(n_blocks * size, *x.shape[2:])[restore], blocks)
-
-
-def _present(mean: Array, variance: Array, count: int) -> Logits:
-    """Logits with absent classes given the moments of the likeliest one, which changes no rule."""
-    present = ~jnp.isneginf(mean)
-    likeliest = jnp.argmax(mean, axis=1)[:, None]
-    mean, variance = (
-        jnp.where(present, x, lax.stop_gradient(jnp.take_along_axis(x, likeliest, axis=1)))
-        for x in (mean, variance)
-    )
-    return Logits(mean, variance, jnp.where(present, float(count), 0.0).astype(mean.dtype))
-
-
 def integrand(
     logits: Logits, rule: Rule, surrogate: Surrogate, *, second: bool
 ) -> tuple[Array, Array, Tilted]:
@@ -149,7 +85,7 @@ def integrand(
     Those are summed over the classes that a column stands for, if it is more than one.
     """
     n_classes = logits.mean.shape[1]
-    s, weight = rules.outer_nodes(logits, rule, surrogate)
+    s, weight = rules.outer_nodes(logits, rule)
     # One long axis: loops over a short one are not vectorised.
     each = tilted(
         logits.mean.ravel(),

@@ -5,13 +5,13 @@ enough for all of them; the last one serves every point.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
+from taylor_softmax._numerics.arguments import constant, namespace
 from taylor_softmax._numerics.surrogate import Surrogate
 
 # Logits beyond this many standard deviations are left out: 2e-9 of the probability.
@@ -71,17 +71,20 @@ CLOSED_FORM_RULES = (Rule(48),)
 
 
 class Logits(NamedTuple):
-    """Independent Gaussian logits of points, each `(P, C)`.
+    """Independent Gaussian logits of points.
 
     Attributes:
-      mean, variance: finite; of absent classes those of some class that is there.
-      multiplicity: how many classes each stands for, of independent logits alike; 0 where the logit
-        is `-inf`: the class is excluded.
+      mean, variance: `(P, C)`, finite; of absent classes those of some class that is there.
+      multiplicity: `(P, C)`, how many classes each stands for, of independent logits alike; 0 where
+        the logit is `-inf`: the class is excluded.
+      lower, upper: `(P,)`, where in `s` the product `w` begins to fall, and is about to vanish.
     """
 
-    mean: Array
-    variance: Array
-    multiplicity: Array
+    mean: Any
+    variance: Any
+    multiplicity: Any
+    lower: Any
+    upper: Any
 
     @property
     def present(self) -> Array:
@@ -96,52 +99,86 @@ def for_surrogate(surrogate: Surrogate) -> tuple[Rule, ...]:
 
 
 def range_of_log_f(
-    mean: Array, sigma: Array, surrogate: Surrogate, reach: ArrayLike = REACH
-) -> tuple[Array, Array]:
-    """Least and largest `log f` of a logit, within reach of its mean."""
-    left, right = mean - reach * sigma, mean + reach * sigma
-    bottom = jnp.clip(surrogate.minimiser, left, right)
-    ends, least = (surrogate.log_value(z) for z in (jnp.stack([left, right]), bottom))
-    return least, jnp.max(ends, axis=0)
+    mean: Any, sigma: Any, surrogate: Surrogate, reach: ArrayLike = REACH
+) -> tuple[Any, Any]:
+    """Least and largest `log f` of a logit, within reach of its mean; of NumPy's in NumPy."""
+    np_, left, right = namespace(mean), mean - reach * sigma, mean + reach * sigma
+    bottom = np_.minimum(np_.maximum(left, surrogate.minimiser), right)
+    ends, least = (surrogate.log_value(z) for z in (np_.stack([left, right]), bottom))
+    return least, np_.max(ends, axis=0)
 
 
-def _log_count(logits: Logits) -> Array:
+def prepared(mean: Any, variance: Any, surrogate: Surrogate, count: int) -> Logits:
+    """Logits of the given means, `-inf` where there is no class, and variances, both `(P, C)`.
+
+    Absent classes are given the moments of the likeliest one, which changes no rule. Of NumPy's
+    arrays in NumPy, which compiles nothing.
+
+    Args:
+      count: how many classes each column stands for.
+    """
+    np_ = namespace(mean)
+    present = ~np_.isneginf(mean)
+    likeliest = np_.argmax(mean, axis=1)[:, None]
+    mean, variance = (
+        np_.where(present, x, constant(np_.take_along_axis(x, likeliest, axis=1)))
+        for x in (mean, variance)
+    )
+    if surrogate.is_shift_invariant:
+        # Softmax does not see a shift; logits of 1e3 would lose digits.
+        mean = mean - constant(np_.max(mean, axis=1, keepdims=True))
+    multiplicity = np_.where(present, float(count), 0.0).astype(mean.dtype)
+    return Logits(
+        mean,
+        variance,
+        multiplicity,
+        *_bounds(constant(mean), constant(variance), multiplicity, surrogate),
+    )
+
+
+def _log_count(multiplicity: Any) -> Any:
     """Logarithm of the number of classes that are there, `(P,)`: others change no node."""
-    return jnp.log(jnp.maximum(jnp.sum(logits.multiplicity, axis=1), 1))
+    np_ = namespace(multiplicity)
+    return np_.log(np_.maximum(np_.sum(multiplicity, axis=1), 1))
 
 
-def _bounds(logits: Logits, surrogate: Surrogate) -> tuple[Array, Array]:
+def _bounds(mean: Any, variance: Any, count: Any, surrogate: Surrogate) -> tuple[Any, Any]:
     """Where in `s` the product `w` begins to fall, and is about to vanish; `(P, C)` to `(P,)`."""
-    mean, variance, count = logits
+    np_ = namespace(mean)
     # The largest of many logits reaches farther than each.
-    reach = jnp.sqrt(REACH**2 + 2 * _log_count(logits))[:, None]
-    least, largest = range_of_log_f(mean, jnp.sqrt(variance), surrogate, reach)
+    reach = np_.sqrt(REACH**2 + 2 * _log_count(count))[:, None]
+    sigma = np_.sqrt(variance)
+    least, largest = range_of_log_f(mean, sigma, surrogate, reach)
     if surrogate.is_shift_invariant:
         # 1 - w <= sum_j t E[f(z_j)], nearer than the largest f where variances are small. Nearer by
         # 2 deviations more, the bend of u - exp(-u) would meet w where it falls: 1e-5 at 40 nodes.
-        sigma = jnp.sqrt(variance)
-        largest = jnp.minimum(largest, mean + variance / 2 + 2 * sigma)
-    largest = jnp.where(count > 0, largest + jnp.log(jnp.maximum(count, 1)), -jnp.inf)
-    least = jnp.where(count > 0, least, -jnp.inf)
+        largest = np_.minimum(largest, mean + variance / 2 + 2 * sigma)
+    largest = np_.where(count > 0, largest + np_.log(np_.maximum(count, 1)), -np_.inf)
+    least = np_.where(count > 0, least, -np_.inf)
     # w falls below any one phi: the class whose least plausible f is largest ends it.
-    return -jax.nn.logsumexp(largest, axis=1), -jnp.max(least, axis=1)
+    top = np_.max(largest, axis=1)
+    total = top + np_.log(np_.sum(np_.exp(largest - top[:, None]), axis=1))
+    return -total, -np_.max(least, axis=1)
 
 
-def fine_enough(logits: Logits, rules: tuple[Rule, ...], surrogate: Surrogate) -> Array:
+def fine_enough(logits: Logits, rules: tuple[Rule, ...], surrogate: Surrogate) -> Any:
     """Whether each of `rules` is fine enough for each point, `(rules, P)`; the last has to be."""
-    lower, upper = _bounds(logits, surrogate)
-    sigma = jnp.sqrt(logits.variance)
-    least, largest = jnp.min(sigma, axis=1), jnp.max(sigma, axis=1)
+    np_, lower, upper = namespace(logits.mean), logits.lower, logits.upper
+    sigma = np_.sqrt(constant(logits.variance))
+    least, largest = np_.min(sigma, axis=1), np_.max(sigma, axis=1)
     softmax = surrogate.is_shift_invariant
-    steps = _STEPS_PER_DEVIATION + _STEPS_PER_DECADE / math.log(10) * _log_count(logits)
-    step = jnp.maximum(_STEP, least / steps) if softmax else _STEP
+    steps = _STEPS_PER_DEVIATION + _STEPS_PER_DECADE / math.log(10) * _log_count(
+        logits.multiplicity
+    )
+    step = np_.maximum(_STEP, least / steps) if softmax else _STEP
     length = upper - lower + _TAIL + math.log(_DECAY)
     # The largest of many wide classes is spread less than each.
     graded_steps = _GRADED_STEPS * steps / _STEPS_PER_DEVIATION
     enough = []
     for rule in rules:
         if rule.graded:
-            fine = jnp.subtract(*_graded_ends(lower, upper)) <= (rule.outer - 1) / graded_steps
+            last, first = _graded_ends(lower, upper)
+            fine = last - first <= (rule.outer - 1) / graded_steps
         else:
             fine = length <= step * rule.outer
         if rule.noise and not rule.logit:
@@ -149,13 +186,13 @@ def fine_enough(logits: Logits, rules: tuple[Rule, ...], surrogate: Surrogate) -
         elif rule.logit and not rule.noise:
             fine &= largest <= rule.logit / (_SOFTMAX_NODES if softmax else _TAYLOR_NODES)
         enough.append(fine)
-    enough[-1] = jnp.ones_like(enough[-1])
-    return jnp.stack(enough)
+    enough[-1] = np_.ones_like(enough[-1])
+    return np_.stack(enough)
 
 
-def outer_nodes(logits: Logits, rule: Rule, surrogate: Surrogate) -> tuple[Array, Array]:
+def outer_nodes(logits: Logits, rule: Rule) -> tuple[Array, Array]:
     """Nodes in `s` and their weights, `(outer, P)`."""
-    lower, upper = (lax.stop_gradient(x) for x in _bounds(logits, surrogate))
+    lower, upper = logits.lower, logits.upper
     u = jnp.linspace(0, 1, rule.outer, dtype=lower.dtype)[:, None]
     if rule.graded:
         # s = end - scale sinh(xi). A class with features at distance d below the upper end has a
@@ -171,8 +208,8 @@ def outer_nodes(logits: Logits, rule: Rule, surrogate: Surrogate) -> tuple[Array
     return lower + u - jnp.exp(-u), span / (rule.outer - 1) * (1 + jnp.exp(-u))
 
 
-def _graded_ends(lower: Array, upper: Array) -> tuple[Array, Array]:
+def _graded_ends(lower: Any, upper: Any) -> tuple[Any, float]:
     """Largest and least `xi` of a graded rule."""
     least = -math.asinh(math.log(_DECAY) / _GRADED_SCALE)
-    largest = jnp.arcsinh((upper - lower + math.exp(_TAIL)) / _GRADED_SCALE)
-    return largest, jnp.full_like(largest, least)
+    largest = namespace(lower).arcsinh((upper - lower + math.exp(_TAIL)) / _GRADED_SCALE)
+    return largest, least
