@@ -10,7 +10,8 @@ import scipy.linalg
 
 from taylor_softmax import predict, stax
 from taylor_softmax._probabilities import inference
-from taylor_softmax._probabilities.priors import Exact
+from taylor_softmax._probabilities.log_normalizer import log_normalizer
+from taylor_softmax._probabilities.priors import Exact, Inducing, padded
 
 
 def problem(seed, n, n_classes, variance, noise=0.3):
@@ -136,25 +137,32 @@ def test_gradient_against_finite_differences_of_the_refitted_bound(variance):
         want = float(refitted(1e-3) - refitted(-1e-3)) / 2e-3
         assert float(jnp.sum(gradient * direction)) == pytest.approx(want, rel=2e-3, abs=1e-3)
     # Control: away from the optimum the derivative at fixed sites is another.
-    at_start = jax.grad(inference.bound)(
-        Exact(jnp.asarray(prior)), y, inference.initial_sites(y)
-    ).kernel
+    at_start = slopes_of_the_bound(prior, y, inference.initial_sites(y))[0].kernel
     assert abs(float(jnp.sum(at_start * other)) - want) > 0.01
 
 
 @pytest.mark.quick
+def slopes_of_the_bound(kernel, y, sites):
+    """In the prior and in the sites."""
+    prior = Exact(jnp.asarray(kernel))
+    sites = jax.tree.map(jnp.asarray, sites)
+    _, q = inference._gain(prior, y, sites)
+    expected = log_normalizer(q.mean, q.whole)
+    return jax.grad(inference.bound, argnums=(0, 2))(prior, y, sites, expected)
+
+
 def test_stationary_in_the_sites():
     """No step of the sites raises the bound; the derivatives are those that the steps use."""
     prior, labels, _ = problem(3, 12, 3, 5.0)
     y = jax.nn.one_hot(labels, 3)
     posterior = predict.categorical_inference(prior, labels, tol=1e-6)
     sites = inference.Sites(posterior.alpha, posterior.site_precision)
-    at = jax.grad(inference.bound, argnums=2)(Exact(jnp.asarray(prior)), y, sites)
+    _, at = slopes_of_the_bound(prior, y, sites)
     assert np.max(np.abs(at.alpha)) < 1e-4
     assert np.max(np.abs(at.precision * sites.precision)) < 1e-5
     assert np.max(at.precision * np.maximum(sites.precision, 0.01)) < 1e-5
     moved = sites._replace(precision=sites.precision * 1.1)
-    at = jax.grad(inference.bound, argnums=2)(Exact(jnp.asarray(prior)), y, moved)
+    _, at = slopes_of_the_bound(prior, y, moved)
     assert np.max(np.abs(at.precision * moved.precision)) > 1e-3
 
 
@@ -187,6 +195,53 @@ def test_inducing_inputs():
     # The comparisons can fail.
     assert bounds[0] < bounds[1] - 0.1
     assert distances[0] > 0.01
+
+
+@pytest.mark.quick
+def test_inputs_without_labels_and_variance_change_nothing():
+    """What fills up a kernel to a size that is compiled; a loop of Python and one in a graph."""
+    variance = 5.0
+    kernel_, labels, x = problem(2, 20, 3, variance)
+    y, options = jnp.eye(3)[labels], {"tol": 1e-6, "max_iterations": 100, "damping": 1.0}
+    whole = Exact(jnp.asarray(kernel_))
+    for prior in (whole, Inducing.of(*map(jnp.asarray, inducing(x, x[:6], variance)))):
+        alone = inference.fit(prior, y, inference.initial_sites(y), **options)
+        more = padded(y, 32, 3)
+        start = inference.initial_sites(more)
+        filled = inference.fit(prior.padded(32), more, start, **options)
+        traced = jax.jit(
+            lambda prior, y=more, start=start: inference.fit(prior, y, start, **options)
+        )(prior.padded(32))
+        for fit in (filled, traced):
+            assert int(fit.iterations) == alone.iterations
+            assert float(fit.log_evidence) == pytest.approx(float(alone.log_evidence), abs=1e-10)
+            np.testing.assert_allclose(fit.sites.alpha[:20], alone.sites.alpha, atol=1e-9)
+            np.testing.assert_array_equal(fit.sites.alpha[20:], 0)
+    # Control: with a label one more input does change the bound.
+    more = more.at[20, 0].set(1)
+    other = inference.fit(whole.padded(32), more, start, **options)
+    assert float(other.log_evidence) == pytest.approx(
+        float(inference.fit(whole, y, inference.initial_sites(y), **options).log_evidence)
+        + np.log(1 / 3),
+        abs=1e-6,
+    )
+
+
+def test_what_is_compiled_serves_other_numbers_of_inputs(caplog):
+    def compiled(n, n_test):
+        prior, labels, x = problem(2, n, 3, 5.0)
+        caplog.clear()
+        with jax.log_compiles():
+            posterior = predict.categorical_inference(prior, labels, n_classes=3)
+            posterior(kernel(x[:n_test], x, 5.0), np.full(n_test, 5.0))
+        long = ("_trial", "_ascent", "_latent", "_one_block")
+        done = [each for each in caplog.messages if "Finished XLA compilation" in each]
+        return sum(any(name in each for name in long) for each in done)
+
+    compiled(33, 2)
+    assert compiled(50, 16) == 0
+    # Control: beyond the next size it does not.
+    assert compiled(65, 17) > 0
 
 
 def test_evidence_with_inducing_inputs_is_differentiable():

@@ -150,7 +150,7 @@ def check_variances(name: str, array: Any) -> Any:
     return check_entries(name, array, valid, "nonnegative and finite")
 
 
-def check_pairs(var1: Array, cov12: Array, var2: Array, *, dtype: DTypeLike) -> Known:
+def check_pairs(var1: Array, cov12: Array, var2: Array, *, dtype: DTypeLike) -> Any:
     """Where variances and covariances of pairs are those of Gaussian variables.
 
     Args:

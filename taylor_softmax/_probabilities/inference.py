@@ -27,6 +27,9 @@ the natural gradient's: both ascend, and a step that does not is taken back and 
 What is computed of `K` and `V` stands in `priors`: all `N x N` entries, or what `M` inducing inputs
 say of them, and a rest of the logits that keeps its prior variance. The classes are taken one after
 the other, twice an iteration, so that memory is a few `N x N` or `M x N` arrays.
+
+The labels of an input may sum to 0: then its likelihood is 1. Such inputs, of variance 0, change
+nothing, and fill up a kernel to a size for which everything is compiled (`priors.padded_size`).
 """
 
 import functools
@@ -35,13 +38,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from taylor_softmax._probabilities.log_normalizer import (
-    expected_log_normalizer,
-    log_normalizer,
-)
+from taylor_softmax._numerics.arguments import known, namespace
+from taylor_softmax._probabilities.log_normalizer import LogNormalizer, log_normalizer
 from taylor_softmax._probabilities.priors import Prior
 
 # Smallest p (1 - p) that a site stands for.
@@ -62,40 +65,40 @@ class Sites(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Where an optimisation ended.
+    """An optimisation: where it is, or where it has ended.
 
     Attributes:
       sites: those of the largest bound.
+      expected: `E[log sum_j exp z_nj]` at each input, with its derivatives, there.
       log_evidence: the bound, in nats.
       residual: the largest of `|y - p - alpha|`, and of `|omega D|`, what a change of `log omega`
         would do to twice the bound.
       iterations: how often the bound was evaluated.
-      history: bound and residual after each, `(max_iterations, 2)`; NaN after the last.
+      direction: in which `alpha` and `omega` go next.
+      step: how far.
     """
 
     sites: Sites
-    log_evidence: Array
-    residual: Array
-    iterations: Array
-    history: Array
+    expected: LogNormalizer
+    log_evidence: Any
+    residual: Any
+    iterations: Any
+    direction: Sites
+    step: Any
 
 
 class _Marginals(NamedTuple):
-    """Of `q`, `(N, C)`; and of the posterior of the mean over classes, `(N,)`."""
+    """Of `q`, `(N, C)`; and of the posterior of the mean over classes, `(N,)`.
+
+    Attributes:
+      variance: of the part of the logits that the prior resolves.
+      whole: with the rest.
+    """
 
     mean: Array
     variance: Array
+    whole: Array
     shared: Array
-
-
-class _Search(NamedTuple):
-    sites: Sites
-    direction: Sites
-    bound: Array
-    residual: Array
-    step: Array
-    iterations: Array
-    history: Array
 
 
 def _divergence_terms(prior: Prior, precision: Array) -> tuple[Array, Array]:
@@ -106,9 +109,12 @@ def _divergence_terms(prior: Prior, precision: Array) -> tuple[Array, Array]:
     return jnp.maximum(given.variance(), least), given.logdet()
 
 
-def _divergence(prior: Prior, sites: Sites) -> tuple[Array, _Marginals]:
-    """The divergence of `q` from the prior, modulo shifts, and the marginals of `q`."""
-    n, n_classes = sites.precision.shape
+def _gain(prior: Prior, y: Array, sites: Sites) -> tuple[Array, _Marginals]:
+    """The bound without the expectations of `log_normalizer`, and the marginals of `q`.
+
+    The divergence is that from the prior modulo shifts, in which `tr B^-1 = N - sum(omega v)`.
+    """
+    n_classes = sites.precision.shape[1]
     total = jnp.sum(sites.precision, axis=1)
     each = jnp.concatenate([sites.precision.T, total[None] / n_classes])
     # Rematerialised: in the backward pass, too, one class at a time.
@@ -117,31 +123,35 @@ def _divergence(prior: Prior, sites: Sites) -> tuple[Array, _Marginals]:
     variance = variances[:-1].T
     mean = prior.times(sites.alpha)
     shift = jnp.sum(sites.alpha, axis=1)
-    traces = n * n_classes - jnp.sum(sites.precision * variance)
     squares = jnp.sum(sites.alpha * mean) - jnp.sum(shift * jnp.sum(mean, axis=1)) / n_classes
-    twice = (1 - 1 / n_classes) * traces - n * (n_classes - 1) + squares
+    twice = squares - (1 - 1 / n_classes) * jnp.sum(sites.precision * variance)
     twice = twice + jnp.sum(logdets[:-1]) - logdets[-1]
-    return twice / 2, _Marginals(mean, variance, variances[-1])
+    whole = variance + prior.rest[:, None]
+    return jnp.sum(y * mean) - twice / 2, _Marginals(mean, variance, whole, variances[-1])
 
 
-def bound(prior: Prior, y: Array, sites: Sites) -> Array:
-    """The bound at given sites; differentiable in the prior and in the sites."""
-    divergence, q = _divergence(prior, sites)
-    variance = q.variance + prior.rest[:, None]
-    likelihoods = jnp.sum(y * q.mean, axis=1) - expected_log_normalizer(q.mean, variance)
-    return jnp.sum(likelihoods) - divergence
-
-
-def _ascent(
-    prior: Prior, sites: Sites, gradient: Array, curvature: Array, q: _Marginals
-) -> tuple[Sites, Array]:
-    """The direction at `sites`, in `alpha` and `log omega`; and the largest `|omega D|`.
+@jax.jit
+def bound(prior: Prior, y: Array, sites: Sites, expected: LogNormalizer) -> Array:
+    """The bound at given sites; it has first derivatives, in the prior and in the sites.
 
     Args:
-      gradient: `y - p - alpha`.
-      curvature: `lambda`.
+      expected: at these sites.
     """
-    n_classes = gradient.shape[1]
+    gain, q = _gain(prior, y, sites)
+    change = expected.mean * (q.mean - lax.stop_gradient(q.mean))
+    change = change + expected.curvature * (q.whole - lax.stop_gradient(q.whole)) / 2
+    return gain - jnp.sum(jnp.sum(y, axis=1) * (expected.value + jnp.sum(change, axis=1)))
+
+
+@jax.jit
+def _ascent(
+    prior: Prior, y: Array, sites: Sites, expected: LogNormalizer, q: _Marginals
+) -> tuple[Sites, Array]:
+    """The direction at `sites`, in `alpha` and `omega`; and the residual there."""
+    n_classes = y.shape[1]
+    mass = jnp.sum(y, axis=1, keepdims=True)
+    gradient = y - mass * expected.mean - sites.alpha
+    curvature = jnp.maximum(mass * expected.curvature, _LEAST_CURVATURE)
 
     def of_class(each: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         e, omega, rate, v = each
@@ -161,7 +171,8 @@ def _ascent(
     alpha, change, slope = (x.T for x in lax.map(of_class, columns))
     # Gradients sum to 0 over the classes, as alpha does.
     alpha = alpha - jnp.mean(alpha, axis=1, keepdims=True)
-    return Sites(alpha, change), jnp.max(jnp.abs(slope))
+    residual = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(slope)))
+    return Sites(alpha, change), residual
 
 
 def _conjugate_gradients(
@@ -195,8 +206,9 @@ def _conjugate_gradients(
 def initial_sites(y: Array) -> Sites:
     """`alpha = 0`, and precisions as at equal probabilities."""
     n_classes = y.shape[1]
-    curvature = jnp.full_like(y, (1 - 1 / n_classes) / n_classes)
-    return Sites(jnp.zeros_like(y), curvature / max(1 - 1 / n_classes, 0.5))
+    precision = (1 - 1 / n_classes) / n_classes / max(1 - 1 / n_classes, 0.5)
+    zeros: Any = np.zeros(y.shape, y.dtype)
+    return Sites(zeros, zeros + zeros.dtype.type(precision))
 
 
 @jax.jit
@@ -221,38 +233,16 @@ def carried_over(prior: Prior, before: Prior, sites: Sites) -> Sites:
     return Sites(alpha - jnp.mean(alpha, axis=1, keepdims=True), sites.precision)
 
 
-def _evaluate(
-    prior: Prior, y: Array, sites: Sites
-) -> tuple[Array, Callable[[], tuple[Sites, Array]]]:
-    """The bound at `sites`; and what computes direction and residual there, if they are wanted."""
-    divergence, q = _divergence(prior, sites)
-    expected = log_normalizer(q.mean, q.variance + prior.rest[:, None])
-    value = jnp.sum(jnp.sum(y * q.mean, axis=1) - expected.value) - divergence
-    gradient = y - expected.mean - sites.alpha
-
-    def ascent() -> tuple[Sites, Array]:
-        curvature = jnp.maximum(expected.curvature, _LEAST_CURVATURE)
-        direction, slope = _ascent(prior, sites, gradient, curvature, q)
-        return direction, jnp.maximum(jnp.max(jnp.abs(gradient)), slope)
-
-    return value, ascent
+@jax.jit
+def _trial(
+    prior: Prior, y: Array, sites: Sites, direction: Sites, step: ArrayLike
+) -> tuple[Sites, Array, _Marginals]:
+    """Sites a step ahead, and what `_gain` says of them."""
+    precision = jnp.maximum(sites.precision + step * direction.precision, _LEAST_CURVATURE)
+    sites = Sites(sites.alpha + step * direction.alpha, precision)
+    return sites, *_gain(prior, y, sites)
 
 
-def _begin(start: Sites, damping: ArrayLike, max_iterations: int) -> _Search:
-    """Before the first evaluation: any bound is better, and the direction is none."""
-    zero = jnp.zeros((), start.alpha.dtype)
-    return _Search(
-        start,
-        jax.tree.map(jnp.zeros_like, start),
-        zero - jnp.inf,
-        zero + jnp.inf,
-        zero + damping,
-        jnp.zeros((), int),
-        jnp.full((max_iterations, 2), jnp.nan, zero.dtype),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("max_iterations", "report"))
 def fit(
     prior: Prior,
     y: Array,
@@ -260,42 +250,78 @@ def fit(
     *,
     tol: ArrayLike,
     max_iterations: int,
-    damping: ArrayLike,
-    report: Callable[..., None] | None = None,
+    damping: Any,
+    report: Callable[[int, float, float], None] | None = None,
 ) -> Fit:
     """Maximises the bound over the sites.
+
+    Where numbers are known the loop is Python's: each of its functions is compiled for itself, and
+    the expectations for any number of inputs.
 
     Args:
       y: one-hot or soft labels, `(N, C)`.
       tol: of the residual.
       damping: the longest step, in (0, 1].
-      report: called with iteration, bound and residual.
+      report: called with iteration, bound and residual; only where numbers are known.
     """
-    size = jnp.asarray(y.size, y.dtype)
-    slack = 10 * jnp.finfo(y.dtype).eps * size
-
-    def advance(state: _Search) -> _Search:
-        step = state.step
-        sites = Sites(
-            state.sites.alpha + step * state.direction.alpha,
-            jnp.maximum(state.sites.precision + step * state.direction.precision, _LEAST_CURVATURE),
-        )
-        value, ascent = _evaluate(prior, y, sites)
-        better = value >= state.bound - slack * (1 + jnp.abs(state.bound) / size)
-        direction, residual = lax.cond(better, ascent, lambda: (state.direction, state.residual))
-        step = jnp.where(better, jnp.minimum(step * _LONGER, damping), step * _SHORTER)
-        value = jnp.where(better, value, state.bound)
-        sites = jax.tree.map(lambda new, old: jnp.where(better, new, old), sites, state.sites)
-        row = jnp.stack([value, residual])
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((prior, y, start, tol, damping))):
+        return _fit_traced(prior, y, start, tol, max_iterations, damping)
+    unfinished, advance = _steps(prior, y, tol, max_iterations, damping)
+    at = _begin(start, damping)
+    while unfinished(at):
+        at = advance(at)
         if report is not None:
-            jax.debug.callback(report, state.iterations + 1, value, residual)
-        history = state.history.at[state.iterations].set(row)
-        return _Search(sites, direction, value, residual, step, state.iterations + 1, history)
+            report(int(at.iterations), float(at.log_evidence), float(at.residual))
+    return at
 
-    def unfinished(state: _Search) -> Array:
-        going = (state.residual > tol) & (state.iterations < max_iterations)
-        return going & (state.step > _SHORTEST)
 
-    search = _begin(start, damping, max_iterations)
-    end = lax.while_loop(unfinished, advance, search)
-    return Fit(end.sites, end.bound, end.residual, end.iterations, end.history)
+@functools.partial(jax.jit, static_argnums=4)
+def _fit_traced(
+    prior: Prior, y: Array, start: Sites, tol: ArrayLike, max_iterations: int, damping: Any
+) -> Fit:
+    return lax.while_loop(*_steps(prior, y, tol, max_iterations, damping), _begin(start, damping))
+
+
+def _begin(start: Sites, damping: Any) -> Fit:
+    """Before the first evaluation: any bound is better, and the direction is none."""
+    zeros: Any = np.zeros(start.alpha.shape, start.alpha.dtype)
+    number = zeros.dtype.type
+    expected = LogNormalizer(zeros[:, 0], zeros, zeros)
+    least, largest = number(-np.inf), number(np.inf)
+    step = known(damping).astype(zeros.dtype)
+    return Fit(start, expected, least, largest, 0, Sites(zeros, zeros), step)
+
+
+def _steps(
+    prior: Prior, y: Array, tol: ArrayLike, max_iterations: int, damping: Any
+) -> tuple[Callable[[Fit], Any], Callable[[Fit], Fit]]:
+    """Whether a search goes on, and its next step: of numbers that are known, or in a graph."""
+    weight = known(y).sum(axis=1)
+    size = weight.sum() * y.shape[1]
+
+    def unfinished(at: Fit) -> Any:
+        going = (at.residual > tol) & (at.iterations < max_iterations)
+        return going & (at.step > _SHORTEST)
+
+    def advance(at: Fit) -> Fit:
+        sites, gain, q = _trial(prior, y, at.sites, at.direction, at.step)
+        expected = log_normalizer(q.mean, q.whole)
+        value = known(gain) - (weight * known(expected.value)).sum()
+
+        def accept() -> Fit:
+            direction, residual = _ascent(prior, y, sites, expected, q)
+            step = namespace(value).minimum(at.step * _LONGER, damping).astype(y.dtype)
+            return Fit(sites, expected, value, known(residual), at.iterations, direction, step)
+
+        def shorten() -> Fit:
+            return at._replace(step=at.step * _SHORTER)
+
+        slack = 10 * float(jnp.finfo(y.dtype).eps) * (size + abs(at.log_evidence))
+        better = value >= at.log_evidence - slack
+        if isinstance(better, Tracer):
+            after = lax.cond(better, accept, shorten)
+        else:
+            after = accept() if better else shorten()
+        return after._replace(iterations=at.iterations + 1)
+
+    return unfinished, advance

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
+from taylor_softmax._numerics.arguments import known
 from taylor_softmax._numerics.surrogate import Exponential, Surrogate
 from taylor_softmax._probabilities.blocks import in_blocks
 from taylor_softmax._probabilities.moments import integrand
@@ -43,9 +44,9 @@ class LogNormalizer(NamedTuple):
 
 def log_normalizer(mean: Array, variance: Array) -> LogNormalizer:
     """For logits of the given means and variances, both `(N, C)`; `-inf` excludes a class."""
-    largest = lax.stop_gradient(jnp.max(mean, axis=1))
-    shifted: LogNormalizer = in_blocks(_by_rule, mean - largest[:, None], variance, Exponential())
-    return shifted._replace(value=shifted.value + largest)
+    # That of logits of which the largest mean is 0.
+    shifted: LogNormalizer = in_blocks(_by_rule, mean, variance, Exponential())
+    return shifted._replace(value=shifted.value + known(mean).max(axis=1))
 
 
 @jax.custom_jvp

@@ -34,7 +34,7 @@ from taylor_softmax._probabilities.arguments import (
 )
 from taylor_softmax._probabilities.inference import Sites
 from taylor_softmax._probabilities.moments import moments
-from taylor_softmax._probabilities.priors import Exact, Prior
+from taylor_softmax._probabilities.priors import Exact, Prior, padded, padded_size
 
 
 class ClassPosterior(NamedTuple):
@@ -141,7 +141,7 @@ class CategoricalPosterior:
             traced the results are NaN instead.
         """
         cross, variance, valid, dtype = read_cross(k_test_train, k_test_test, self.prior, self.get)
-        logits = _latent(self.prior, Sites(self.alpha, self.site_precision), cross, variance)
+        logits = _logits(self.prior, Sites(self.alpha, self.site_precision), cross, variance)
         # Half precision comes back as it came.
         half = jnp.finfo(dtype).bits < 32
 
@@ -155,9 +155,22 @@ class CategoricalPosterior:
         return jax.tree.map(as_given, ClassPosterior(result.mean, result.covariance))
 
 
+def _logits(prior: Prior, sites: Sites, cross: Array, variance: Array) -> LogitPosterior:
+    """At test inputs of variances `(T,)` and kernels `cross` with those that the prior has.
+
+    All of them filled up to sizes for which this is compiled already.
+    """
+    n_test = len(cross)
+    size_test = 16 if n_test <= 16 else -(-n_test // 128) * 128
+    prior, *filled = _filled(prior, *sites)
+    sites, n_own = Sites(*filled), padded_size(cross.shape[1])
+    cross = padded(cross, size_test, n_own)
+    logits = _latent(prior, sites, cross, padded(variance, size_test))
+    return jax.tree.map(lambda x: x[:n_test], logits)
+
+
 @jax.jit
 def _latent(prior: Prior, sites: Sites, cross: Array, variance: Array) -> LogitPosterior:
-    """At test inputs of variances `(T,)` and kernels `cross` with those that the prior has."""
     features = prior.features(cross)
 
     def posterior(precision: Array) -> Array:
@@ -279,15 +292,22 @@ def categorical_inference(
             "where it can't say whether it has converged. Call it outside, or take the bound "
             "alone: `categorical_log_evidence`."
         )
-    start = _start(prior, y, init)
+    history: list[tuple[float, float]] = []
+
+    def report(iteration: int, bound: float, residual: float) -> None:
+        history.append((bound, residual))
+        if progress:
+            print(f"iteration {iteration}: log evidence {bound:.6g}, residual {residual:.1e}")
+
+    filled, labels, *start = _filled(prior, y, *_start(prior, y, init))
     fit = inference.fit(
-        prior,
-        y,
-        start,
+        filled,
+        labels,
+        Sites(*start),
         tol=tol,
         max_iterations=max_iterations,
         damping=damping,
-        report=_report if progress else None,
+        report=report,
     )
     if isinstance(prior, Exact) and not np.isfinite(fit.log_evidence):
         raise indefinite("k_train_train", concrete(prior.kernel))
@@ -300,14 +320,15 @@ def categorical_inference(
             "holds all the same. Go on from here with `init=`, or accept a larger `tol`.",
             stacklevel=2,
         )
+    alpha, precision = (jnp.asarray(np.asarray(x)[: len(y)]) for x in fit.sites)
     return CategoricalPosterior(
-        fit.log_evidence,
-        fit.sites.alpha,
-        fit.sites.precision,
+        jnp.asarray(fit.log_evidence),
+        alpha,
+        precision,
         converged,
         iterations,
         residual,
-        np.asarray(fit.history[:iterations]),
+        np.array(history, y.dtype),
         prior,
         get,
     )
@@ -344,15 +365,30 @@ def categorical_log_evidence(
     """
     prior, y, _ = read_observations(k_train_train, y_train, n_classes)
     _check_options(tol, max_iterations, damping)
+    fixed = jax.lax.stop_gradient(prior)
+    # Under `jit` shapes are what they are.
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves((fixed, y))):
+        prior, y = _filled(prior, y)
+        fixed = jax.lax.stop_gradient(prior)
     fit = inference.fit(
-        jax.lax.stop_gradient(prior),
+        fixed,
         y,
         inference.initial_sites(y),
         tol=tol,
         max_iterations=max_iterations,
         damping=damping,
     )
-    return inference.bound(prior, y, jax.lax.stop_gradient(fit.sites))
+    sites, expected = jax.lax.stop_gradient((fit.sites, fit.expected))
+    return inference.bound(prior, y, sites, expected)
+
+
+def _filled(prior: Prior, *rows: Any) -> tuple[Any, ...]:
+    """Prior and rows of training inputs, filled up to a size for which all is compiled already.
+
+    The inputs that are added have no variance and no labels, and change nothing.
+    """
+    size = padded_size(len(rows[0]))
+    return prior.padded(size), *(padded(x, size, x.shape[1]) for x in rows)
 
 
 def _check_options(tol: Any, max_iterations: Any, damping: Any) -> None:
@@ -376,7 +412,3 @@ def _start(prior: Prior, y: Array, init: CategoricalPosterior | None) -> Sites:
         lambda x: x.astype(y.dtype), (init.prior, Sites(init.alpha, init.site_precision))
     )
     return inference.carried_over(prior, before, sites)
-
-
-def _report(iteration: Array, bound: Array, residual: Array) -> None:
-    print(f"iteration {int(iteration)}: log evidence {bound:.6g}, residual {residual:.1e}")

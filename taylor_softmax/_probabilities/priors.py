@@ -19,7 +19,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
@@ -30,10 +32,31 @@ from taylor_softmax._numerics.precision import matmul
 _JITTER = 10.0
 
 
+def padded_size(n: int) -> int:
+    """The size that `n` inputs are filled up to, so that what is compiled serves other numbers.
+
+    At most a sixteenth more from 512 on, where time is that of computing; below 256 it is that of
+    compiling.
+    """
+    if n <= 32:
+        return 16 if n <= 16 else 32
+    step = 64 if n <= 256 else 32
+    return -(-n // step) * step
+
+
+def padded(array: Any, *shape: int) -> Array:
+    """With zeros behind, up to `shape`."""
+    return jnp.pad(array, [(0, n - m) for n, m in zip(shape, array.shape, strict=True)])
+
+
 class Exact(NamedTuple):
     """The prior with the kernel of the training inputs, `(N, N)`."""
 
     kernel: Array
+
+    def padded(self, n: int) -> "Exact":
+        """With more training inputs, up to `n`, of variance 0."""
+        return Exact(padded(self.kernel, n, n))
 
     @property
     def variance(self) -> Array:
@@ -116,7 +139,15 @@ class Inducing(NamedTuple):
     weights: Array
     variance: Array
 
+    def padded(self, n: int) -> "Inducing":
+        """With more training inputs, up to `n`, of variance 0, and independent inducing inputs."""
+        m = padded_size(len(self.root))
+        others = np.diag((np.arange(m) >= len(self.root)).astype(self.root.dtype))
+        root = padded(self.root, m, m) + others
+        return Inducing(root, padded(self.weights, m, n), padded(self.variance, n))
+
     @classmethod
+    @functools.partial(jax.jit, static_argnums=0)
     def of(cls, inducing: Array, cross: Array, variance: Array) -> "Inducing":
         """From `K_ZZ`, `K_ZX` and the diagonal of `K_XX`."""
         added = jitter(inducing) * jnp.eye(len(inducing), dtype=inducing.dtype)

@@ -8,10 +8,10 @@ from jax import Array
 from jax.core import Tracer
 
 from taylor_softmax._numerics.arguments import (
-    Known,
     as_real,
     check_entries,
     check_variances,
+    concrete,
     fits,
     known,
     namespace,
@@ -46,7 +46,7 @@ def restore(result: Array, rows: Rows) -> Array:
     if rows.valid is not None:
         valid = rows.valid.reshape(-1, *(1,) * (result.ndim - 1))
         result = jnp.where(valid, result, jnp.nan)
-    plain = _plain(result)
+    plain = concrete(result)
     return jnp.asarray(plain.reshape((*rows.batch, *result.shape[1:])).astype(rows.dtype))
 
 
@@ -62,9 +62,9 @@ def independent(mean: Any, variance: Any) -> Rows:
     each = check_variances("variance", known(variance))
     np_ = namespace(each)
     valid = valid & np_.all(np_.broadcast_to(each, mean.shape), -1)
-    variance = _plain(variance)
+    variance = concrete(variance)
     variance = namespace(variance).broadcast_to(variance, mean.shape)
-    return _rows(_plain(mean), variance, valid, dtype)
+    return _rows(concrete(mean), variance, valid, dtype)
 
 
 def with_covariance(mean: Any, covariance: Any, *, difference: bool = False) -> Rows:
@@ -81,7 +81,7 @@ def with_covariance(mean: Any, covariance: Any, *, difference: bool = False) -> 
             f"`covariance` must have shape (..., C, C) and broadcast to {shape} for a `mean` of "
             f"shape {mean.shape}, got {covariance.shape}. Variances alone go to `variance`."
         )
-    mean, covariance = _plain(mean), _plain(covariance)
+    mean, covariance = concrete(mean), concrete(covariance)
     np_, present = namespace(mean, covariance), known(mean) > -np.inf
     covariance = np_.where(present[..., :, None] & present[..., None, :], covariance, 0)
     if difference:
@@ -92,12 +92,7 @@ def with_covariance(mean: Any, covariance: Any, *, difference: bool = False) -> 
     return _rows(mean, np_.broadcast_to(covariance, shape), valid, dtype)
 
 
-def _plain(array: Array) -> Known:
-    """As NumPy's unless it is traced: what reshapes and broadcasts it compiles nothing."""
-    return array if isinstance(array, Tracer) else np.asarray(array)
-
-
-def _rows(mean: Known, spread: Known, valid: Known, dtype: Any) -> Rows:
+def _rows(mean: Any, spread: Any, valid: Any, dtype: Any) -> Rows:
     """Of arguments that were checked: `(..., C)`, and `(..., C)` or `(..., C, C)`."""
     batch, axes = mean.shape[:-1], spread.shape[mean.ndim - 1 :]
     mean, spread = mean.reshape(-1, mean.shape[-1]), spread.reshape(-1, *axes)
@@ -108,7 +103,7 @@ def _rows(mean: Known, spread: Known, valid: Known, dtype: Any) -> Rows:
     return Rows(batch, jnp.where(valid[:, None], mean, 0), spread, valid, dtype)
 
 
-def _check_covariance(covariance: Known) -> Known:
+def _check_covariance(covariance: Any) -> Any:
     """Which covariances are valid, or what is wrong with them."""
     np_ = namespace(covariance)
     finite = check_entries("covariance", covariance, np_.isfinite(covariance), "finite")
@@ -126,7 +121,7 @@ def _check_covariance(covariance: Known) -> Known:
     return ok & np_.all(symmetric, (-1, -2)) & positive
 
 
-def _check_means(mean: Known) -> Known:
+def _check_means(mean: Any) -> Any:
     """Which rows of means are valid, or what is wrong with them."""
     if mean.ndim == 0 or mean.shape[-1] == 0:
         raise ValueError(
