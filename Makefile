@@ -65,6 +65,7 @@ docs: $(DOCS)/.installed
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.first_calls
 	$(BIN)/python -m benchmarks.position_axis
 	$(BIN)/python -m benchmarks.probabilities
 	$(BIN)/python -m benchmarks.inference

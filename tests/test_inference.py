@@ -202,7 +202,8 @@ def test_inputs_without_labels_and_variance_change_nothing():
     """What fills up a kernel to a size that is compiled; a loop of Python and one in a graph."""
     variance = 5.0
     kernel_, labels, x = problem(2, 20, 3, variance)
-    y, options = jnp.eye(3)[labels], {"tol": 1e-6, "max_iterations": 100, "damping": 1.0}
+    # A few steps: the last of many are those that rounding takes.
+    y, options = jnp.eye(3)[labels], {"tol": 1e-9, "max_iterations": 6, "damping": 1.0}
     whole = Exact(jnp.asarray(kernel_))
     for prior in (whole, Inducing.of(*map(jnp.asarray, inducing(x, x[:6], variance)))):
         alone = inference.fit(prior, y, inference.initial_sites(y), **options)
@@ -213,7 +214,7 @@ def test_inputs_without_labels_and_variance_change_nothing():
             lambda prior, y=more, start=start: inference.fit(prior, y, start, **options)
         )(prior.padded(32))
         for fit in (filled, traced):
-            assert int(fit.iterations) == alone.iterations
+            assert int(fit.iterations) == 6
             assert float(fit.log_evidence) == pytest.approx(float(alone.log_evidence), abs=1e-10)
             np.testing.assert_allclose(fit.sites.alpha[:20], alone.sites.alpha, atol=1e-9)
             np.testing.assert_array_equal(fit.sites.alpha[20:], 0)
