@@ -102,7 +102,7 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
         return [array.astype(compute) for array in arrays.values()], dtype
 
 
-def concrete(array: Array) -> Any:
+def concrete(array: Any) -> Any:
     """`array` as one of NumPy, unless it is traced.
 
     Checks of NumPy's arrays compile nothing, and take place inside `jit` too.

@@ -89,9 +89,9 @@ def _by_need(by_rule: ByRule[Any], logits: Logits, need: np.ndarray, surrogate: 
     return jax.tree.map(restored, *jax.device_get(parts))
 
 
-_one_block = functools.partial(jax.jit, static_argnums=(0, 2, 3))(
-    lambda by_rule, logits, rule, surrogate: by_rule(logits, rule, surrogate)
-)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _one_block(by_rule: ByRule[Any], logits: Logits, rule: Rule, surrogate: Surrogate) -> Any:
+    return by_rule(logits, rule, surrogate)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
