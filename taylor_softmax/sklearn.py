@@ -57,32 +57,31 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         classifier.predict_proba(x_test)
         classifier.score(x_test, y_test), classifier.log_evidence_
 
-    Time: some `N^3` operations a class and iteration of the inference, of which each value of the
-    hyperparameters takes some ten. Computes in JAX's precision: float32, or float64 where
-    `jax_enable_x64` is set.
+    Time grows with `N^3`, per class and iteration of the inference; each value of the
+    hyperparameters that the optimizer tries takes some ten iterations. The classifier computes in
+    JAX's precision: float32, or float64 where `jax_enable_x64` is set.
 
     Args:
       network: a function `network(n_classes, **hyperparameters)` that returns a network of
-        `taylor_softmax.stax` up to its logits, with inputs as they are. Pickle needs one that is
-        defined in a module. None: two hidden layers `Dense, Relu` and a last `Dense`, of inputs
-        from which the mean of each column is taken, and which are divided by their root mean
-        square, one number for all columns.
-      hyperparameters: names and positive values to start from. Of the default network they are
-        `W_std` of the first layer, `b_std` of both hidden ones, and `last_W_std`; those that are
-        not given start from values of their own.
-      optimizer: "L-BFGS-B" maximises the evidence, in the logarithms of the hyperparameters; None
-        keeps them.
-      max_iter: the most iterations of the optimizer. It ends where one raises the evidence by less
-        than 0.002 nats a training input.
+        `taylor_softmax.stax` up to its logits. It gets inputs as they are. Define it in a module if
+        the classifier is to be pickled. None is a network of two hidden layers `Dense, Relu` and a
+        last `Dense`. From its inputs the mean of each column is subtracted, and they are divided by
+        their root mean square, one number for all columns.
+      hyperparameters: names and positive values to start from. Those of the default network are
+        `W_std` and `b_std` of both hidden layers, and `last_W_std`; it has a start for each.
+      optimizer: "L-BFGS-B" maximises the evidence in the logarithms of the hyperparameters. None
+        keeps the values given.
+      max_iter: the most iterations of the optimizer. It also ends after an iteration that raises
+        the evidence by less than 0.002 nats a training input.
       inference: "categorical", or "least_squares": regression on the labels, whose posterior goes
         through softmax. It takes one solve. Its evidence is the density of the labels as real
-        numbers, and the scale of its logits that of the largest leave-one-out likelihood.
-      n_inducing: with more training inputs than this, so many of them stand for all, chosen by
-        `choose_inducing`; the hyperparameters are those of the largest evidence of as many drawn at
-        random. None: 500, where there are more than 2,000.
+        numbers. The scale of its logits is that of the largest leave-one-out likelihood.
+      n_inducing: with more training inputs than this, `choose_inducing` takes so many of them to
+        stand for all. The hyperparameters then maximise the evidence of as many training inputs
+        drawn at random. None means 500 where there are more than 2,000 training inputs.
       batch_size: how many test inputs have their kernels computed at a time.
-      tol: of the inference: see `categorical_inference`.
-      max_iterations: of the inference, at each value of the hyperparameters.
+      tol: what the residual of the inference has to fall to, as in `categorical_inference`.
+      max_iterations: the most iterations of the inference, at each value of the hyperparameters.
       get: the kernel of the logits, "nngp" or "ntk".
       mask_constant: the value in inputs that stands for padding, as in `stax`.
       verbose: 1 reports the hyperparameters on stderr, 2 the iterations of the inference too.
@@ -90,11 +89,11 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
       classes_: the classes, sorted, `(C,)`.
       n_features_in_: how many columns inputs have.
-      hyperparameters_: those chosen.
-      log_evidence_: the bound of `log p(y)`, in nats, of all training inputs.
-      n_iter_: iterations of the optimizer; without one, of the inference.
-      converged_: whether the optimizer and the inference have.
-      posterior_: the `CategoricalPosterior`.
+      hyperparameters_: their values after `fit`.
+      log_evidence_: the lower bound of `log p(y)` for all training inputs, in nats.
+      n_iter_: iterations of the optimizer, or of the inference where there is no optimizer.
+      converged_: whether both have converged.
+      posterior_: the posterior of the logits, a `CategoricalPosterior`.
     """
 
     def __init__(
