@@ -151,15 +151,14 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         likelihood = self._likelihood(labels, self.tol)
         if len(x) <= (self.n_inducing or _MOST):
             found = self._search(x, labels)
-            kernels, init = self._network().square(x, found.at), found.result
-            self._inputs = x
+            self._inputs, kernels = x, self._network().square(x, found.at)
         else:
             n = self.n_inducing or _INDUCING
             drawn = np.random.default_rng(0).permutation(len(x))[:n]
             found = self._search(x[drawn], labels[drawn])
             self._inputs, kernels = self._inducing(x, found.at, n)
-            init = None
-        self.posterior_ = likelihood.posterior(kernels, init)
+        # From the start, so that it depends on nothing but the kernel.
+        self.posterior_ = likelihood.posterior(kernels)
         self._scale = likelihood.scale(self.posterior_)
         self.hyperparameters_ = found.at
         self.log_evidence_ = float(self.posterior_.log_evidence)
@@ -265,16 +264,16 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         return {name: float(value) for name, value in start.items()}
 
     def _search(self, x: np.ndarray, labels: np.ndarray) -> Maximum:
-        """Hyperparameters of the largest evidence of these inputs, and roughly their posterior."""
+        """Hyperparameters of the largest evidence of these inputs."""
         start = self._start()
         if self.optimizer is None or not start:
-            return Maximum(start, None, 0, None)
+            return Maximum(start, 0, None)
         network = self._network()
         likelihood = self._likelihood(labels, max(self.tol, _ROUGHLY))
         # From one value to the next the posterior changes little.
         last = None
 
-        def evidence(at: dict[str, float]) -> tuple[float, dict[str, float], Any]:
+        def evidence(at: dict[str, float]) -> tuple[float, dict[str, float]]:
             nonlocal last
             kernel = network.square(x, at)
             if last is not None and not np.all(np.isfinite(kernel)):
@@ -286,7 +285,7 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
                 message = f"log evidence {last.log_evidence:.6g} at {shown(at)}"
                 print(message, file=sys.stderr, flush=True)
             per_input = {name: slope / len(x) for name, slope in slopes.items()}
-            return float(last.log_evidence) / len(x), per_input, last
+            return float(last.log_evidence) / len(x), per_input
 
         return maximise(evidence, start, self.max_iter)
 

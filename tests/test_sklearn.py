@@ -194,21 +194,20 @@ def test_maximise_finds_a_maximum_and_keeps_the_best_it_saw():
     def parabola(at):
         u = np.log(at["a"] / 3), np.log(at["b"] / 0.2)
         value = -(u[0] ** 2) - 2 * u[1] ** 2
-        return value, {"a": -2 * u[0] / at["a"], "b": -4 * u[1] / at["b"]}, at
+        return value, {"a": -2 * u[0] / at["a"], "b": -4 * u[1] / at["b"]}
 
     end = search.maximise(parabola, {"a": 1.0, "b": 1.0}, 50)
     assert end.failure is None
-    assert end.at == end.result
     np.testing.assert_allclose([end.at["a"], end.at["b"]], [3, 0.2], rtol=0.05)
     short = search.maximise(parabola, {"a": 1.0, "b": 1.0}, 1)
     assert "ITERATIONS" in short.failure.upper()
 
     def broken(at):
-        return (np.nan if at["a"] > 1.05 else np.log(at["a"])), {"a": 1 / at["a"]}, at["a"]
+        return (np.nan if at["a"] > 1.05 else np.log(at["a"])), {"a": 1 / at["a"]}
 
     end = search.maximise(broken, {"a": 1.0}, 50)
     assert "not finite at a=" in end.failure
-    assert end.result == 1.0
+    assert end.at == {"a": 1.0}
     with pytest.raises(ValueError, match="`hyperparameters` must be others to start from"):
         search.maximise(broken, {"a": 2.0}, 50)
 

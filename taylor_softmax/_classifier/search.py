@@ -17,41 +17,39 @@ class Maximum(NamedTuple):
 
     Attributes:
       at: the hyperparameters.
-      result: what was computed with them.
       n_iter: iterations of the optimizer.
       failure: why it did not reach a maximum, or None.
     """
 
     at: dict[str, float]
-    result: Any
     n_iter: int
     failure: str | None
 
 
 def maximise(
-    function: Callable[[dict[str, float]], tuple[float, dict[str, float], Any]],
+    function: Callable[[dict[str, float]], tuple[float, dict[str, float]]],
     start: Mapping[str, float],
     max_iter: int,
 ) -> Maximum:
     """Maximises in the logarithms of the hyperparameters by L-BFGS-B.
 
     Args:
-      function: of hyperparameters; its value, slopes in them, and whatever belongs to them.
+      function: of hyperparameters; its value, and slopes in them.
       start: positive values.
       max_iter: the most iterations.
     """
-    best: tuple[float, dict[str, float], Any] | None = None
+    best: tuple[float, dict[str, float]] | None = None
     n_iter = 0
 
     def loss(position: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best
         at = dict(zip(start, np.exp(_FIRST * position).tolist(), strict=True))
-        value, slopes, result = function(at)
+        value, slopes = function(at)
         slope = _FIRST * np.array([slopes[name] * at[name] for name in start])
         if not (np.isfinite(value) and np.all(np.isfinite(slope))):
             raise FloatingPointError(f"the evidence or its slope is not finite at {shown(at)}")
         if best is None or value > best[0]:
-            best = value, at, result
+            best = value, at
         return -value, -slope
 
     def count(_: Any) -> None:
@@ -72,7 +70,7 @@ def maximise(
         failure = str(error)
     if best is None:
         raise ValueError(f"`hyperparameters` must be others to start from: {failure}.")
-    return Maximum(best[1], best[2], n_iter, failure)
+    return Maximum(best[1], n_iter, failure)
 
 
 def shown(at: Mapping[str, float]) -> str:
