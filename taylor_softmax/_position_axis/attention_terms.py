@@ -32,16 +32,9 @@ _MANY_SCALES = 16
 # Numbers in the largest array of a step, on accelerators.
 _CHUNK = 1 << 24
 
-# Points by default. Where every query is a class, pairs of queries have errors of signs of their
-# own, and 512 points leave 1.0e-3 and 1.4e-3 at 16 and 32 tokens and variance 1 (measured).
-_POINTS_OF_ONE, _POINTS_OF_EACH = 1 << 11, 1 << 9
-
-
-def _n_points(method: QuasiMonteCarlo, n_classes: int) -> int:
-    """The points of a pair of inputs whose queries are of so many classes."""
-    if method.n_points is not None:
-        return method.n_points
-    return _POINTS_OF_ONE if n_classes == 1 else _POINTS_OF_EACH
+# Points by default, of classes that several queries share, and of queries that are classes, which
+# take longer. There 512 points leave 1.0e-3 and 1.4e-3 at 16 and 32 tokens, variance 1 (measured).
+_SHARED_POINTS, _POINTS_OF_EACH = 1 << 11, 1 << 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +273,18 @@ def _differences(rows: int, columns: int) -> np.ndarray:
     return np.subtract.outer(np.arange(rows), np.arange(columns))
 
 
+def _n_classes(one: _Prepared, two: _Prepared) -> int:
+    return max(x.logits.scales.shape[-1] for x in (one, two))
+
+
+def _n_points(method: QuasiMonteCarlo, one: _Prepared, two: _Prepared) -> int:
+    """The points of a pair of inputs."""
+    if method.n_points is not None:
+        return method.n_points
+    shared = one.weights is not None or _n_classes(one, two) == 1
+    return _SHARED_POINTS if shared else _POINTS_OF_EACH
+
+
 def _map_pairs(one: _Prepared, two: _Prepared, request: Request, mechanism: Mechanism) -> Terms:
     def pair(of: tuple[Array, Array, Cross]) -> Terms:
         i, j, cross = of
@@ -293,8 +298,8 @@ def _map_pairs(one: _Prepared, two: _Prepared, request: Request, mechanism: Mech
     step = None
     if jax.default_backend() != "cpu":
         method, size = mechanism.method, one.present.shape[1]
-        n_classes = max(x.means.shape[1] for x in (one, two))
-        points = _n_points(method, n_classes) if isinstance(method, QuasiMonteCarlo) else size
+        n_classes = _n_classes(one, two)
+        points = _n_points(method, one, two) if isinstance(method, QuasiMonteCarlo) else size
         step = max(1, _CHUNK // (points * 4 * n_classes * max(n_classes, size)))
     pairs = jnp.asarray(request.first), jnp.asarray(request.second), request.cross
     return lax.map(jax.checkpoint(pair), pairs, batch_size=step)
@@ -359,12 +364,11 @@ def _coefficients(
     inner, outer = [centred(x) for x in keys], [centred(x) for x in values]
     of_pair: tuple[Any, ...] = one.logits, two.logits, inner[0], outer, inner, forms
     if isinstance(mechanism.method, QuasiMonteCarlo):
-        n_classes = max(one.means.shape[0], two.means.shape[0])
         coefficients = trace.coefficients(
             *of_pair,
-            aligned=aligned or n_classes == 1,
+            aligned=aligned or _n_classes(one, two) == 1,
             surrogate=surrogate,
-            n_points=_n_points(mechanism.method, n_classes),
+            n_points=_n_points(mechanism.method, one, two),
             seed=mechanism.method.seed,
         )
     else:
@@ -385,7 +389,7 @@ def _rotated_coefficients(
     distances, apart = _differences(*cross.queries.shape), _differences(*cross.keys.shape)
     largest = int(np.max(np.abs(distances)) + np.max(np.abs(apart)))
     table = rotary.correlations(mechanism.rotary, largest + 1, cross.keys.dtype)
-    aligned = one.weights is None and max(len(one.means), len(two.means)) > 1
+    aligned = one.weights is None and _n_classes(one, two) > 1
 
     def at(distance: Array) -> Array:
         rho = table[jnp.abs(jnp.asarray(apart) - distance)]
