@@ -51,7 +51,8 @@ POSITIONS_NTK = "over up to 16 positions, other orders and softmax, NTK"
 ATTENTION_NNGP = "attention over up to 64 tokens of equal variances, NNGP"
 ATTENTION_NTK = "attention over up to 64 tokens of equal variances, NTK"
 ATTENTION_VARYING = "attention, variances of tokens by a factor 6, NNGP and NTK"
-ATTENTION_ROWS = "attention, causal, windowed, biased or rotary, or across sequences, NNGP and NTK"
+ATTENTION_ROWS = "attention, causal, windowed or biased, NNGP and NTK"
+ATTENTION_ROTARY = "attention, rotary or across sequences, NNGP and NTK"
 PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 classes"
 CORRELATED = "class probabilities and covariance of logits that covary, up to 30 classes"
 
@@ -98,7 +99,7 @@ TABLES = (
     Table(
         "Attention",
         "relative to the largest entry",
-        (ATTENTION_NNGP, ATTENTION_NTK, ATTENTION_VARYING, ATTENTION_ROWS),
+        (ATTENTION_NNGP, ATTENTION_NTK, ATTENTION_VARYING, ATTENTION_ROWS, ATTENTION_ROTARY),
     ),
     Table("Class probabilities", "absolute", (PROBABILITIES, CORRELATED)),
 )
@@ -162,6 +163,8 @@ PROMISES = (
     Promise(ATTENTION_ROWS, 1.0, 2e-3, 2e-3),
     Promise(ATTENTION_ROWS, 4.0, 1e-2, 1e-2),
     Promise(ATTENTION_ROWS, 24.0, 3e-2, 3e-2),
+    Promise(ATTENTION_ROTARY, 1.0, 3e-3, 3e-3),
+    Promise(ATTENTION_ROTARY, 4.0, 2e-2, 2e-2),
     Promise(PROBABILITIES, 1e4, 1e-6, 1e-5),
     Promise(CORRELATED, 1.0, 1e-4, 1e-4),
     Promise(CORRELATED, 10.0, 1e-3, 1e-3),

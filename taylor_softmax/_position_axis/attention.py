@@ -99,8 +99,9 @@ def attention_second_moment(
 
     Errors: `ATTENTION_NNGP` and `ATTENTION_NTK` in `taylor_softmax._numerics.errors` where all
     `Q_aa` of an input are equal and all queries attend to all keys, `ATTENTION_VARYING` where the
-    `Q_aa` differ by a factor of up to 6, and `ATTENTION_ROWS` where queries have rows of biases of
-    their own; each by the largest variance of the logits (order 2: they are 1e-3 then).
+    `Q_aa` differ by a factor of up to 6, `ATTENTION_ROWS` where queries have rows of biases of
+    their own, and `ATTENTION_ROTARY` with rotary embeddings, and with queries of another sequence;
+    each by the largest variance of the logits (order 2: they are 1e-3 then).
 
     Args:
       cov11, cov12, cov22: `K11`, `(..., S1, S1)`, `K12`, `(..., S1, S2)`, and `K22`.
