@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A softmax at the end of an infinite network
 #
-# The kernels of an infinitely wide network that ends in softmax, beside what
-# finite networks of that architecture average to. Inputs lie on a half circle,
-# so that a kernel is a function of one angle.
+# This notebook compares the kernels of an infinitely wide network that ends in
+# softmax with the average over finite networks. Inputs lie on a half circle, so
+# a kernel is a function of one angle.
 
 # %%
 import jax
@@ -37,8 +37,7 @@ def body(width):
 #
 # `stax.Softmax()` is a layer like any other. `kernel.nngp` is the second moment
 # $E[y_i(x_1)\, y_i(x_2)]$ of one class's output over initialisations,
-# `kernel.ntk` that of its gradients. Neither depends on the class, since
-# classes are exchangeable.
+# `kernel.ntk` is that of its gradients. All classes have the same.
 
 # %%
 layers = {
@@ -55,15 +54,14 @@ print(f"variance of the logits: {float(logits.cov2[0]):.2f}")
 print("nngp:", np.round(np.asarray(kernels["Softmax"].nngp[0, ::3]), 5))
 
 # %% [markdown]
-# Independent classes would have $1/n^2 = 0.01$ at a right angle or wherever
-# logits are uncorrelated; all that a network says of its inputs is what exceeds
-# that.
+# Where logits are uncorrelated, the second moment is $1/n^2 = 0.01$. What a
+# network says of its inputs is the part beyond that.
 #
 # ## Finite networks
 #
-# 400 networks of width 256. Outputs and gradients are averaged over classes,
-# which `trace_axes=(-1,)` does for the NTK; means over networks come with
-# standard errors.
+# Now initialise 400 networks of width 256. Average their outputs and gradients
+# over classes; for the NTK `trace_axes=(-1,)` does that. The means over
+# networks have standard errors.
 
 # %%
 WIDTH, N_NETWORKS = 256, 400
@@ -111,12 +109,12 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# Lines are infinitely wide, points finite networks with two standard errors.
-# Order 2 is another layer than softmax at this variance; order 8 is hard to
-# tell from it.
+# Lines are infinitely wide networks. Points are finite ones, with two standard
+# errors. At this variance order 2 differs from softmax, and order 8 hardly
+# does.
 #
-# As numbers, in standard errors. At width 256 a deviation of the order of
-# $1/256$ is left.
+# The same as numbers, in standard errors. At width 256 a deviation of the order
+# of $1/256$ is left.
 
 # %%
 for name, estimates in sampled.items():
@@ -133,9 +131,9 @@ for name, estimates in sampled.items():
 # %% [markdown]
 # ## All pairs of classes
 #
-# Rows of outputs sum to 1, so that classes covary. `class_kernel` gives every
-# pair, of shape `(inputs, inputs, classes, classes)`: what
-# `nt.empirical_ntk_fn(apply_fn, trace_axes=())` averages to.
+# Outputs sum to 1, so different classes covary. `class_kernel` gives every pair
+# of classes, as an array of shape `(inputs, inputs, classes, classes)`. It is
+# the average of `nt.empirical_ntk_fn(apply_fn, trace_axes=())` over networks.
 
 # %%
 classes = taylor_softmax.class_kernel(kernels["Softmax"])

@@ -2,8 +2,8 @@
 # # An infinite transformer
 #
 # Softmax attention at $1/\sqrt d$ has a kernel in the limit of infinitely many
-# heads, keys and channels. Here it stands in a transformer on handwritten
-# digits, each of them 8 tokens: the rows of its image.
+# heads, keys and channels. This notebook uses it in a transformer on
+# handwritten digits. Each digit has 8 tokens: the rows of its image.
 
 # %%
 import time
@@ -33,10 +33,10 @@ x_train, x_test = x[:N_TRAIN], x[N_TRAIN:]
 # %% [markdown]
 # ## The network
 #
-# Blocks of attention and of a dense network, each behind a layer normalisation
-# and beside a skip connection; then the mean over tokens.
-# `linear_scaling=False` is what makes it attention at $1/\sqrt d$, with query
-# and key weights of their own.
+# A block consists of attention and of a dense network. Each of them stands
+# behind a layer normalisation and beside a skip connection. At the end the
+# network takes the mean over tokens. `linear_scaling=False` makes it attention
+# at $1/\sqrt d$, with separate query and key weights.
 
 
 # %%
@@ -69,9 +69,9 @@ def transformer(width=8, depth=1, **options):
 # %% [markdown]
 # ## Classification
 #
-# The mean of the Gaussian process with each kernel, trained on 60 images: a
-# check that the kernel is of use, not a contest, which the dense network would
-# win.
+# The mean of the Gaussian process with each kernel, trained on 60 images,
+# classifies 100 others. This checks that the kernel is of use. The dense
+# network is better at this task.
 
 
 # %%
@@ -107,8 +107,8 @@ for name, kernel_fn in networks.items():
 # %% [markdown]
 # ## Beside finite transformers
 #
-# The NNGP of two digits, and the mean over 300 networks of each width.
-# Channels, heads and keys grow together.
+# This compares the NNGP of two digits with the mean over 300 networks of each
+# width. Channels, heads and keys grow together.
 
 # %%
 N_NETWORKS, WIDTHS = 300, (8, 16, 32, 64)
@@ -155,7 +155,7 @@ plt.show()
 
 # %% [markdown]
 # Error bars are two standard errors. Narrow networks deviate by about
-# $1/\text{width}$; the widest has to agree.
+# $1/\text{width}$. The widest must agree.
 
 # %%
 mean, error = estimates[WIDTHS[-1]]
@@ -164,9 +164,9 @@ assert abs(mean - exact) < 5 * error + exact / WIDTHS[-1]
 # %% [markdown]
 # ## Causal attention
 #
-# With `causal=True` a token sees itself and those before it. What comes later
-# then does not matter: another image from its fifth row on leaves the kernel of
-# the first four as it was, up to rounding.
+# With `causal=True` a token sees itself and the tokens before it. Later tokens
+# do not matter. Replace the image from its fifth row on: the kernel of the
+# first four rows does not change, up to rounding.
 
 
 # %%
