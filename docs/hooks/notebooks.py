@@ -1,8 +1,5 @@
 """What the site has beyond its pages: executed notebooks, and the figures of reports."""
 
-# The environment of the site has these packages, that of the checks does not.
-# pyright: reportMissingImports=false
-
 import logging
 import os
 from collections.abc import Iterator
