@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from taylor_softmax._probabilities import regression
+from taylor_softmax._probabilities import inference, regression
 from taylor_softmax._probabilities.arguments import InducingKernels
-from taylor_softmax._probabilities.inference import Sites, bound
 from taylor_softmax._probabilities.posterior import CategoricalPosterior, categorical_inference
-from taylor_softmax._probabilities.priors import Exact
+from taylor_softmax._probabilities.priors import Exact, padded, padded_size
 
 Kernels = np.ndarray | InducingKernels
 
@@ -56,17 +56,18 @@ class Categorical:
     def slope(self, kernel: np.ndarray, posterior: CategoricalPosterior) -> np.ndarray:
         """Of the evidence, in the kernel."""
         y = _one_hot(self.labels, self.n_classes, posterior)
-        sites = Sites(posterior.alpha, posterior.site_precision)
-        return np.asarray(_slope_of_bound(kernel, y, sites))
+        n, size = len(kernel), padded_size(len(kernel))
+        y, alpha, precision = (
+            padded(x, size, self.n_classes) for x in (y, posterior.alpha, posterior.site_precision)
+        )
+        prior = Exact(jnp.asarray(kernel)).padded(size)
+        slope = inference.slope(prior, y, inference.Sites(alpha, precision))
+        return np.asarray(slope.kernel)[:n, :n]
 
     def scale(self, posterior: CategoricalPosterior) -> float:
         """By which logits of the posterior are to be multiplied."""
         del posterior
         return 1.0
-
-
-# The posterior is at its optimum, so that it can be held fixed.
-_slope_of_bound = jax.jit(jax.grad(lambda kernel, y, sites: bound(Exact(kernel), y, sites)))
 
 
 @contextlib.contextmanager

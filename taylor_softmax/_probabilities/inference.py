@@ -325,3 +325,12 @@ def _steps(
         return after._replace(iterations=at.iterations + 1)
 
     return unfinished, advance
+
+
+def slope(prior: Prior, y: Array, sites: Sites) -> Any:
+    """Of the bound, in the prior. At its optimum in the sites they can be held fixed."""
+    _, q = _marginals(prior, y, sites)
+    return _slope(prior, y, sites, log_normalizer(q.mean, q.whole))
+
+
+_marginals, _slope = jax.jit(_gain), jax.jit(jax.grad(bound))
