@@ -26,7 +26,7 @@ BLOCKS = {
     "uv" if block.startswith("uv") else "pip": block
     for block in re.findall(r"```bash\n(.*?)```", INSTALL, re.DOTALL)
 }
-# Seconds: three times what the README says, for machines that do something else, too.
+# Seconds: three times the aim on two idle cores, for machines that do something else, too.
 LONGEST = 30
 # A kernel at a variance that is served by the samples that come with the package.
 SMOKE = """
