@@ -1,8 +1,8 @@
-"""Ground truth by sampling, with standard errors."""
+"""Ground truth by sampling, and the errors of estimates, as means with standard errors."""
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from taylor_softmax._numerics.precision import einsum
 from taylor_softmax._numerics.statistics import Running, none_yet
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 
-__all__ = ["Estimate", "class_second_moment", "joint_second_moment"]
+__all__ = ["Estimate", "class_second_moment", "joint_second_moment", "replicate"]
 
 # Numbers drawn at once, over all pairs: 32 MB in float64.
 _CHUNK = 1 << 22
@@ -37,6 +37,64 @@ class Estimate(NamedTuple):
 
     mean: Array
     stderr: Array
+
+
+def replicate(
+    network: Callable[[int], Any],
+    x1: Any,
+    x2: Any = None,
+    get: Validated[str | tuple[str, ...]] = "nngp",
+    *,
+    n_replicates: Validated[int] = 8,
+    **kwargs: Any,
+) -> Any:
+    """How wrong a network's kernel is: its mean and standard error over independent estimates.
+
+    Layers that estimate, softmax over positions and attention, draw other points with another
+    seed:
+
+        def network(seed):
+            method = methods.QuasiMonteCarlo(seed=seed)
+            return stax.serial(stax.Conv(64, (3,)), stax.Softmax(axis=1, method=method))
+
+        mean, stderr = monte_carlo.replicate(network, x1, x2, "ntk")
+
+    A single kernel is off by about `sqrt(n_replicates)` times the standard error, the mean by one
+    of it. A network without such layers has standard errors of 0.
+
+    Args:
+      network: takes a seed, from 0 to `n_replicates - 1`, and returns `(init_fn, apply_fn,
+        kernel_fn)`. Layers of one network may share a seed.
+      x1, x2: inputs of `kernel_fn`.
+      get: which kernel, such as `"nngp"` and `"ntk"`, or a tuple of them.
+      n_replicates: at least 2; it takes the time of so many kernels.
+      **kwargs: for `kernel_fn`, such as `mask_constant`.
+
+    Returns:
+      `Estimate(mean, stderr)` of arrays, or for a tuple of names a tuple of such estimates.
+
+    Raises:
+      TypeError, ValueError: `n_replicates` is not an integer of at least 2; `get` is neither a
+        name nor a tuple of names; `network(seed)` is no network.
+    """
+    n_replicates = check_integer("n_replicates", n_replicates, least=2)
+    names = get if isinstance(get, tuple) else (get,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`get` must be the name of a kernel or a tuple of names, got {get!r}.")
+    states: list[Running] | None = None
+    for seed in range(n_replicates):
+        of_seed = network(seed)
+        if not (isinstance(of_seed, tuple) and len(of_seed) == 3):
+            raise TypeError(
+                "`network(seed)` must return a network, `(init_fn, apply_fn, kernel_fn)`, got "
+                f"{type(of_seed).__name__}."
+            )
+        arrays = [jnp.asarray(each) for each in of_seed[2](x1, x2, names, **kwargs)]
+        states = states or [none_yet(each) for each in arrays]
+        states = [state.add(each[None]) for state, each in zip(states, arrays, strict=True)]
+    assert states is not None
+    estimates = tuple(Estimate(state.mean, state.stderr()) for state in states)
+    return estimates if isinstance(get, tuple) else estimates[0]
 
 
 def class_second_moment(

@@ -25,6 +25,7 @@ from taylor_softmax._layers.spatial import SpatialLayout
 from taylor_softmax._numerics.arguments import Validated, as_real, check_axes, check_boolean
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._position_axis import moments as position_axis
+from taylor_softmax._position_axis.estimate import warn
 from taylor_softmax.methods import Method, choose
 
 InternalLayer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
@@ -321,6 +322,7 @@ def _over_positions(
     def layout(first: Any, second: Any) -> SpatialLayout:
         return SpatialLayout(first, second, k.batch_axis, k.channel_axis, axes)
 
+    errors: list[Array] = []
     within1, between = layout(k.shape1, k.shape1), layout(k.shape1, k.shape2)
     batch_ndim = 1 if k.diagonal_batch else 2
 
@@ -338,15 +340,17 @@ def _over_positions(
         ntk: Array | None,
         ndim: int,
     ) -> tuple[Array, Array | None]:
+        """Value and slope; `errors` get what they are estimated to be off."""
         batch = cov.shape[:ndim]
         given, theta = (
             None if x is None else of.split(x.astype(cov.dtype), ndim).reshape(-1, *of.n_over)
             for x in (cov, ntk)
         )
         assert given is not None
-        value, slope = position_axis.second_moments(
+        value, slope, error = position_axis.second_moments(
             one, two, *of.pairs(batch), given, theta, surrogate, method
         )
+        errors.append(error)
         return of.join(value, batch), None if slope is None else of.join(slope, batch)
 
     one = inputs(k.cov1, k.mask1, within1)
@@ -357,4 +361,5 @@ def _over_positions(
         two = inputs(k.cov2, k.mask2, within2)
         cov2, _ = moments(two, two, within2, k.cov2, None, batch_ndim)
     nngp, ntk = moments(one, two, between, k.nngp, k.ntk, 2)
+    warn(errors, method, "Softmax over positions")
     return k.replace(nngp=nngp, ntk=ntk, cov1=cov1, cov2=cov2, is_gaussian=False)

@@ -46,8 +46,8 @@ HIGH_MANY_SLOPE = f"orders 10 to {LARGEST_FINITE_ORDER} over more classes, NTK"
 INFINITE_WIDTH = "infinite width, any even order"
 INFINITE_WIDTH_SOFTMAX = "infinite width, softmax, whose value is exp of the covariance"
 POSITIONS_CLOSED_FORM = "over up to 32 positions, order 2"
-POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
-POSITIONS_NTK = "over up to 16 positions, other orders and softmax, NTK"
+POSITIONS_NNGP = "over 2 to 64 positions, other orders and softmax, NNGP"
+POSITIONS_NTK = "over 2 to 64 positions, other orders and softmax, NTK"
 ATTENTION_NNGP = "attention over up to 64 tokens of equal variances, NNGP"
 ATTENTION_NTK = "attention over up to 64 tokens of equal variances, NTK"
 ATTENTION_VARYING = "attention, variances of tokens by a factor 6, NNGP and NTK"
@@ -92,9 +92,14 @@ TABLES = (
     ),
     Table("Infinite width", _OWN, (INFINITE_WIDTH, INFINITE_WIDTH_SOFTMAX)),
     Table(
-        "Softmax over positions",
+        "Softmax over positions, order 2",
         "relative to the largest entry",
-        (POSITIONS_CLOSED_FORM, POSITIONS_NNGP, POSITIONS_NTK),
+        (POSITIONS_CLOSED_FORM,),
+    ),
+    Table(
+        "Softmax over positions, estimates",
+        "relative to the geometric mean of the two inputs' largest entries at correlation 1",
+        (POSITIONS_NNGP, POSITIONS_NTK),
     ),
     Table(
         "Attention",
@@ -151,8 +156,10 @@ PROMISES = (
     Promise(POSITIONS_CLOSED_FORM, 1e4, 1e-3, 1e-3),
     Promise(POSITIONS_NNGP, 1.0, 2e-3, 2e-3),
     Promise(POSITIONS_NNGP, 4.0, 1e-2, 1e-2),
+    Promise(POSITIONS_NNGP, 100.0, 4e-2, 4e-2),
     Promise(POSITIONS_NTK, 1.0, 4e-3, 4e-3),
     Promise(POSITIONS_NTK, 4.0, 2e-2, 2e-2),
+    Promise(POSITIONS_NTK, 100.0, 6e-2, 6e-2),
     Promise(ATTENTION_NNGP, 1.0, 1e-3, 1e-3),
     Promise(ATTENTION_NNGP, 4.0, 7e-3, 7e-3),
     Promise(ATTENTION_NTK, 1.0, 2e-3, 2e-3),

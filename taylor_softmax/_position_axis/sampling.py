@@ -16,6 +16,7 @@ the rounding, and smaller than what matters: at a bias of 5 in float32 there is 
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -61,10 +62,12 @@ class Outputs(NamedTuple):
     Attributes:
       value: `y = f / sum f`, `(S, 2 n)`.
       slope: `q = f' / sum f`; the Jacobian of `y` is `diag(q) - y q^T`.
+      curvature: `r = f'' / sum f`.
     """
 
     value: Float[Array, "S points"]
     slope: Float[Array, "S points"]
+    curvature: Float[Array, "S points"]
 
     def mirrored(self) -> "Outputs":
         """The outputs at the negatives, and behind them at the points."""
@@ -73,7 +76,7 @@ class Outputs(NamedTuple):
             half = x.shape[1] // 2
             return jnp.concatenate([x[:, half:], x[:, :half]], 1)
 
-        return Outputs(swap(self.value), swap(self.slope))
+        return Outputs(*(swap(x) for x in self))
 
     def mean_jacobian(self) -> Float[Array, "S S"]:
         """`E[J]` over the points."""
@@ -88,7 +91,7 @@ def rounding(covariance: Float[Array, "*batch S S"]) -> Float[Array, "*batch"]:
     """
     largest = jnp.max(jnp.abs(jnp.diagonal(covariance, axis1=-2, axis2=-1)), -1)
     size = covariance.shape[-1]
-    return _ROUNDING * float(jnp.finfo(covariance.dtype).eps) * np.sqrt(size) * largest
+    return _ROUNDING * float(jnp.finfo(covariance.dtype).eps) * math.sqrt(size) * largest
 
 
 @jax.custom_jvp
@@ -159,8 +162,14 @@ def _correlate_jvp(
 
 def outputs(z: Float[Array, "S n"], present: Float[Array, " S"], surrogate: Surrogate) -> Outputs:
     """The softmaxes at the logits `z` and at `-z`."""
-    value, slope, _ = surrogate.ratios(jnp.concatenate([z, -z], 1), present[:, None], axis=0)
-    return Outputs(value, slope)
+    return outputs_at(jnp.concatenate([z, -z], 1), present, surrogate)
+
+
+def outputs_at(
+    z: Float[Array, "S points"], present: Float[Array, " S"], surrogate: Surrogate
+) -> Outputs:
+    """The softmaxes at the logits `z` alone."""
+    return Outputs(*surrogate.ratios(z, present[:, None], axis=0))
 
 
 def jacobian_product(
@@ -205,6 +214,14 @@ def normal_points(
     # into everything that is made of it.
     points = jnp.asarray(_sobol_points(n_points, dimension, (purpose, seed, scrambling)), dtype)
     return jax.lax.optimization_barrier(points)
+
+
+def scramblings(
+    n: int, n_points: int, dimension: int, dtype: Any, purpose: int, seed: int
+) -> Float[Array, "n dimension n_points"]:
+    """The first `n` scramblings of `n_points` each; see `normal_points`."""
+    points = [_sobol_points(n_points, dimension, (purpose, seed, i)) for i in range(n)]
+    return jax.lax.optimization_barrier(jnp.asarray(np.stack(points), dtype))
 
 
 @functools.cache
