@@ -1,4 +1,4 @@
-"""Softmaxes over positions by plain sampling in NumPy, and random problems."""
+"""Softmaxes over positions by sampling and by quadrature in NumPy, and random problems."""
 
 import math
 from typing import NamedTuple
@@ -87,3 +87,37 @@ def sample(of: Problem, *, order: int | None, n_samples: int, seed: int = 0) -> 
     stacked = np.stack(means)
     error = stacked.std(0, ddof=1) / math.sqrt(len(stacked))
     return [Estimate(stacked.mean(0)[i], error[i]) for i in (0, 1)]
+
+
+def quadrature(of: Problem, n_nodes: int) -> np.ndarray:
+    """What `sample` estimates, of softmax over few positions, by Gauss-Hermite quadrature.
+
+    Over the differences of both inputs' logits from the last, `2 (S - 1)` dimensions. The root is
+    Cholesky's, which is smooth: differences of such values are differences of the integrals.
+    """
+    size = len(of.cov11)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n_nodes)
+    grids = [np.meshgrid(*[x] * (2 * size - 2), indexing="ij") for x in (nodes, weights)]
+    z, weight = np.stack(grids[0]), np.prod(grids[1], 0)
+    weight /= weight.sum()
+    # What is left out would add less than rounding errors do.
+    kept = weight > 1e-13
+    z, weight = z[:, kept], weight[kept]
+
+    take = np.kron(np.eye(2), np.hstack([np.eye(size - 1), -np.ones((size - 1, 1))]))
+    joint = np.block([[of.cov11, of.cov12], [of.cov12.T, of.cov22]])
+    u, v = np.split(np.linalg.cholesky(take @ joint @ take.T) @ z, 2)
+
+    def softmax(differences: np.ndarray) -> np.ndarray:
+        f = np.exp(np.vstack([differences, np.zeros_like(differences[:1])]))
+        return f / f.sum(0)
+
+    y, w = softmax(u), softmax(v)
+    slope = np.zeros((size, size))
+    for p in range(size):
+        # Row p of the Jacobian, times theta.
+        moved = of.theta.T @ (y[p] * (np.eye(size)[p][:, None] - y))
+        for q in range(size):
+            row = w[q] * (np.eye(size)[q][:, None] - w)
+            slope[p, q] = np.sum(weight * np.sum(moved * row, 0))
+    return np.stack([(weight * y) @ w.T, slope])

@@ -134,6 +134,47 @@ def test_derivatives_are_those_of_what_is_estimated(size):
             assert np.all(error < limit), (quantity, argument, below, error / limit)
 
 
+@pytest.mark.quick
+def test_derivatives_along_any_direction():
+    """Of NNGP and NTK in each covariance, against differences of quadrature; 3 positions."""
+    of, rng = oracle.problem(3, rho=0.5), np.random.default_rng(0)
+    along = rng.standard_normal((3, 3, 3))
+    along[[0, 2]] += np.swapaxes(along[[0, 2]], 1, 2)
+    surrogate, method, index = parse(None), QuasiMonteCarlo(4096), np.zeros(1, int)
+
+    def estimated(*covs):
+        one, two = (
+            moments.prepare(cov[None], jnp.ones((1, 3)), surrogate=surrogate, method=method)
+            for cov in (covs[0], covs[2])
+        )
+        theta = jnp.asarray(of.theta)[None]
+        of_pair = moments.second_moments(
+            one, two, index, index, covs[1][None], theta, surrogate, method
+        )
+        return jnp.concatenate([of_pair.value, of_pair.slope])
+
+    @jax.jit
+    def derivatives_along(directions):
+        covs = tuple(jnp.asarray(x) for x in of[:3])
+        return jax.vmap(lambda *d: jax.jvp(estimated, covs, d)[1])(*directions)
+
+    each = np.eye(3)[:, :, None, None] * along
+    got = derivatives_along(tuple(jnp.asarray(x) for x in np.swapaxes(each, 0, 1)))
+    step, scale = 1e-3, np.max(oracle.quadrature(of, 8), (1, 2))
+
+    def error(got, directions):
+        ahead, behind = (
+            oracle.quadrature(oracle.Problem(*(np.array(of[:3]) + x), of.theta), 16)
+            for x in (step * directions, -step * directions)
+        )
+        return np.max(np.abs(got - (ahead - behind) / (2 * step)), (1, 2)) / scale
+
+    for i in range(3):
+        assert np.all(error(got[i], each[i]) < 5e-3), (i, error(got[i], each[i]))
+    # Negative control: the transposed direction is another.
+    assert np.all(error(got[1], np.swapaxes(each[1], 1, 2)) > 5e-3)
+
+
 @pytest.mark.parametrize("order", [4, None])
 def test_products_of_derivatives_against_plain_ones(order):
     """At points, with arrays of three axes by `jax.jacfwd`, and other sizes of the two inputs."""

@@ -263,18 +263,24 @@ def test_derivatives_are_those_of_the_moment(order):
     covs = [jnp.asarray(x) for x in covariances(4, "equicorrelated")]
     rng = np.random.default_rng(3)
     direction = [jnp.asarray(x + x.T) for x in rng.standard_normal((3, 4, 4))]
+    # Of a cross-covariance any.
+    direction[1] = jnp.triu(direction[1])
     function = functools.partial(taylor_softmax.joint_second_moment, order=order)
     _, got = jax.jvp(function, tuple(covs), tuple(direction))
     step = 1e-3
+
+    def at(*covs):
+        # Differences of estimates are no estimates of the difference: axes of equal variances turn.
+        if order == 2:
+            return function(*covs)
+        return oracle.quadrature(oracle.Problem(*covs, covs[1]), 8)[0]
+
     ahead, behind = (
-        function(*(x + sign * step * d for x, d in zip(covs, direction, strict=True)))
-        for sign in (1, -1)
+        at(*(x + sign * step * d for x, d in zip(covs, direction, strict=True))) for sign in (1, -1)
     )
     want = (ahead - behind) / (2 * step)
-    limit = 1e-5 if order == 2 else 2e-2 * np.max(np.abs(want))
-    if order == 2:
-        # Differences of estimates are no estimates of the difference; see `test_estimates`.
-        np.testing.assert_allclose(got, want, atol=limit)
+    limit = 1e-5 if order == 2 else 5e-3 * np.max(np.abs(want))
+    np.testing.assert_allclose(got, want, atol=limit)
     # The NTK is the derivative in the cross-covariance.
     still = jnp.zeros((4, 4))
     _, along = jax.jvp(function, tuple(covs), (still, direction[1], still))
