@@ -232,13 +232,13 @@ def test_softmax_of_each_pair_of_queries(order, limit):
     )
     values = problem.values[:size, size:]
     a, b = np.indices((size, size)).reshape(2, -1)
-    moments = taylor_softmax.joint_second_moment(
+    weights = taylor_softmax.joint_second_moment(
         np.diag(own1)[a, None, None] * own1 / problem.scale,
         cross[a, b][:, None, None] * cross / problem.scale,
         np.diag(own2)[b, None, None] * own2 / problem.scale,
         order=order,
     )
-    expected = np.sum(np.asarray(moments) * values, (1, 2)).reshape(size, size)
+    expected = np.sum(np.asarray(weights) * values, (1, 2)).reshape(size, size)
     value = np.asarray(moments(problem, order=order).nngp)
     np.testing.assert_allclose(value, expected, atol=limit * np.max(np.abs(expected)))
 
