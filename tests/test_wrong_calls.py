@@ -282,14 +282,17 @@ def test_traced_numbers_that_are_wrong_are_nan_alone():
     mean = jnp.tile(Z[:1], (6, 1)).at[4, 0].set(NAN).at[5, 0].set(INF)
     variance = jnp.array([1.0, -1.0, INF, NAN, 1.0, 1.0])[:, None]
 
-    def probabilities(mean):
+    def probabilities(mean, variance):
         return p(mean, variance, order=2)
 
-    got = jax.jit(probabilities)(mean)
+    got = jax.jit(probabilities)(mean, variance)
     np.testing.assert_allclose(got[0], p(Z[0], 1.0, order=2), rtol=1e-12)
     assert np.all(np.isnan(got[1:]))
-    gradient = jax.jit(jax.grad(lambda mean: probabilities(mean)[0, 0]))(mean)
+    gradient = jax.jit(jax.grad(lambda *at: probabilities(*at)[0, 0]))(mean, variance)
     assert np.all(np.isfinite(gradient[0]))
+    # What is known is checked under a transformation, too.
+    with pytest.raises(ValueError, match="`variance` must be nonnegative"):
+        jax.jit(lambda mean: probabilities(mean, variance))(mean)
 
 
 def test_softmax_over_one_class_warns():
