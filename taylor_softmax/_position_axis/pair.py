@@ -247,7 +247,7 @@ def _slopes(
         return total + lax.cond(k < n, block, lambda z: jnp.zeros_like(total), z), None
 
     n_scramblings, n_blocks, *shape = points.shape
-    index = jnp.repeat(jnp.arange(n_scramblings), n_blocks)
+    index = jnp.repeat(jnp.arange(n_scramblings, dtype=n.dtype), n_blocks)
     start = jnp.zeros((1 if theta is None else 2, *cov12.shape), cov12.dtype)
     total, _ = lax.scan(add, start, (points.reshape(-1, *shape), index))
     return total / (n * n_blocks)

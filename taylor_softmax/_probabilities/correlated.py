@@ -32,6 +32,8 @@ _PURPOSE = 2
 # Standard deviations below this share of the largest have no derivative: its error, which grows as
 # their inverse, would be beyond 1e-1.
 _SINGULAR = 1e-3
+# Rounding errors of softmax at a point, over eps, at most.
+_ROUNDING = 64
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
@@ -50,7 +52,9 @@ def moments(
     present = ~jnp.isneginf(mean)
     full = project(covariance, present, surrogate)
     variance = _nearest_diagonal(full, present, surrogate)
-    near = project(variance[:, :, None] * jnp.eye(mean.shape[1]), present, surrogate)
+    near = project(
+        variance[:, :, None] * jnp.eye(mean.shape[1], dtype=mean.dtype), present, surrogate
+    )
     points = normal_points(n_points, mean.shape[1], mean.dtype, _PURPOSE, seed=seed)
     exact = independent.moments(mean, variance, surrogate, second)
     centre = jnp.where(present, mean, 0)
@@ -87,14 +91,17 @@ def moments(
 
 
 def _regression(y: Array, x: Array) -> Array:
-    """The coefficient of one of samples `(C, 2 n)` on another, of means over `x` and `-x`."""
+    """The coefficient of one of samples `(C, 2 n)` on another, of means over `x` and `-x`.
+
+    It is 1 where `x` varies by no more than rounding, which has any coefficient on rounding.
+    """
     n = y.shape[1] // 2
     y, x = (
         (each[:, :n] + each[:, n:]) / 2 for each in (lax.stop_gradient(y), lax.stop_gradient(x))
     )
-    x = x - jnp.mean(x, 1, keepdims=True)
-    own = jnp.sum(x * x)
-    return jnp.where(own > 0, jnp.sum(x * y) / jnp.where(own > 0, own, 1), 1)
+    y, x = (each - jnp.mean(each, 1, keepdims=True) for each in (y, x))
+    rounding = x.size * (_ROUNDING * float(jnp.finfo(x.dtype).eps)) ** 2
+    return 1 + jnp.sum(x * (y - x)) / (jnp.sum(x * x) + rounding)
 
 
 def project(covariance: Array, present: Array, surrogate: Surrogate) -> Array:
@@ -103,7 +110,8 @@ def project(covariance: Array, present: Array, surrogate: Surrogate) -> Array:
     covariance = jnp.where(present[:, :, None] & present[:, None, :], covariance, 0)
     if not surrogate.is_shift_invariant:
         return covariance
-    share = present / jnp.sum(present, axis=1, keepdims=True).astype(covariance.dtype)
+    share = present.astype(covariance.dtype)
+    share = share / jnp.sum(share, axis=1, keepdims=True)
     rows = jnp.sum(covariance * share[:, None, :], axis=2)
     total = jnp.sum(rows * share, axis=1)[:, None, None]
     centred = covariance - rows[:, :, None] - rows[:, None, :] + total
