@@ -630,7 +630,6 @@ def test_nothing_to_attend_to(covariances):
         np.testing.assert_array_equal(slope, jnp.zeros_like(slope))
 
 
-@pytest.mark.quick
 def test_inputs_of_other_lengths():
     x1, x2 = token_inputs(2, 4, 5), token_inputs(3, 3, 5)
     options = {"linear_scaling": False, "attention_mechanism": "IDENTITY"}

@@ -210,7 +210,6 @@ def test_negative_control_a_wrong_integrand_is_found(monkeypatch):
 # Edges.
 
 
-@pytest.mark.quick(order=None, method=None, dtype=jnp.float32)
 @pytest.mark.parametrize(
     ("order", "method"),
     [
@@ -283,7 +282,6 @@ def test_shapes_broadcast():
     assert scalar.dtype == jnp.float64
 
 
-@pytest.mark.quick(order=2)
 @pytest.mark.parametrize(
     "order", [None, 2, *(pytest.param(m, marks=pytest.mark.slow) for m in (4, 12, 32))]
 )

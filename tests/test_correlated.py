@@ -183,7 +183,6 @@ def test_taylor_softmax():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.quick
 def test_excluded_classes_and_batches():
     order = jnp.array([0, 2, 3])
     larger = jnp.full((4, 4), 7.0).at[order[:, None], order].set(COVARIANCE) + jnp.eye(4) * 1e-9
@@ -206,7 +205,6 @@ def test_excluded_classes_and_batches():
     assert half.dtype == jnp.float16
 
 
-@pytest.mark.quick
 def test_derivatives():
     """Against differences of quadrature; at a diagonal covariance, where eigenvalues meet, too."""
     direction = jnp.array([[0.5, 0.3, -0.4], [0.3, -0.2, 0.1], [-0.4, 0.1, 0.3]])

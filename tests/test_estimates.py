@@ -221,7 +221,6 @@ def small(method=None):
     return function, tuple(jnp.asarray(x) for x in of[:3])
 
 
-@pytest.mark.quick
 def test_reverse_mode_is_the_transpose_of_forward_mode():
     function, given = small()
     rng = np.random.default_rng(0)

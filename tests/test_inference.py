@@ -172,7 +172,6 @@ def inducing(x, z, variance):
     )
 
 
-@pytest.mark.quick
 def test_inducing_inputs():
     """All training inputs for inducing ones are the whole kernel; of fewer the bound is lower."""
     variance = 10.0
@@ -197,7 +196,6 @@ def test_inducing_inputs():
     assert distances[0] > 0.01
 
 
-@pytest.mark.quick
 def test_inputs_without_labels_and_variance_change_nothing():
     """What fills up a kernel to a size that is compiled; a loop of Python and one in a graph."""
     variance = 5.0

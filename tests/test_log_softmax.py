@@ -162,7 +162,6 @@ def test_class_kernel_in_parts_masked_and_behind_other_layers():
         network(stax.Dense(2), stax.Relu())[2](X, None)
 
 
-@pytest.mark.quick
 def test_positions_are_elementwise_and_may_be_masked():
     logits = stax.serial(stax.Conv(8, (2, 2)), stax.Relu(), stax.Conv(3, (1, 1)))
     *_, kernel_fn = stax.serial(logits, stax.LogSoftmax())

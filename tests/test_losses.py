@@ -166,7 +166,6 @@ def network(name):
     return *stax.serial(*layers)[:2], losses.cross_entropy(order, probabilities=probabilities)
 
 
-@pytest.mark.quick(name="TaylorSoftmax")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradient_descent_on_an_empirical_kernel(name):
     """The linearised network's own gradient descent, in the space of its parameters."""
