@@ -22,7 +22,8 @@ a lower bound of `log p(y)`. Its expectations are exact (`log_normalizer`), with
 
 `v` the diagonals of `V`, `V_S` that of `Omega / C`; `dbound / d omega = D / 2`. The steps are
 `(Id + omega_c K)^-1 e_c`, Newton's with `diag omega` for the curvature, and `H_c^-1 D_c`, which is
-the natural gradient's: both ascend, and a step that does not is taken back and shortened.
+the natural gradient's: both ascend, and a step that does not is taken back and shortened. How long
+a step is follows from the slopes at the ends of the last one (Barzilai & Borwein 1988).
 
 What is computed of `K` and `V` stands in `priors`: all `N x N` entries, or what `M` inducing inputs
 say of them, and a rest of the logits that keeps its prior variance. The classes are taken one after
@@ -76,6 +77,7 @@ class Fit(NamedTuple):
       iterations: how often the bound was evaluated.
       direction: in which `alpha` and `omega` go next.
       step: how far.
+      slope: of the bound along `direction`.
     """
 
     sites: Sites
@@ -85,6 +87,7 @@ class Fit(NamedTuple):
     iterations: Any
     direction: Sites
     step: Any
+    slope: Any
 
 
 class _Marginals(NamedTuple):
@@ -145,9 +148,12 @@ def bound(prior: Prior, y: Array, sites: Sites, expected: LogNormalizer) -> Arra
 
 @jax.jit
 def _ascent(
-    prior: Prior, y: Array, sites: Sites, expected: LogNormalizer, q: _Marginals
-) -> tuple[Sites, Array]:
-    """The direction at `sites`, in `alpha` and `omega`; and the residual there."""
+    prior: Prior, y: Array, sites: Sites, expected: LogNormalizer, q: _Marginals, before: Sites
+) -> tuple[Sites, Array, Array, Array]:
+    """The direction at `sites`, in `alpha` and `omega`; and the residual there.
+
+    Then the slopes of the bound: along the direction `before`, and along the new one.
+    """
     n_classes = y.shape[1]
     mass = jnp.sum(y, axis=1, keepdims=True)
     gradient = y - mass * expected.mean - sites.alpha
@@ -165,14 +171,21 @@ def _ascent(
         scale = jnp.maximum(squares(jnp.ones_like(omega)), jnp.finfo(omega.dtype).tiny)
         change = _conjugate_gradients(squares, scale, slope, ~bound_to_0)
         change = jnp.where(bound_to_0, slope / scale, change)
-        return step, change, slope * jnp.where(slope < 0, jnp.minimum(omega, rate), rate)
+        return step, change, slope
 
     columns = (gradient.T, sites.precision.T, curvature.T, q.variance.T)
     alpha, change, slope = (x.T for x in lax.map(of_class, columns))
     # Gradients sum to 0 over the classes, as alpha does.
-    alpha = alpha - jnp.mean(alpha, axis=1, keepdims=True)
-    residual = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(slope)))
-    return Sites(alpha, change), residual
+    direction = Sites(alpha - jnp.mean(alpha, axis=1, keepdims=True), change)
+    at_most = jnp.where(slope < 0, jnp.minimum(sites.precision, curvature), curvature)
+    residual = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(slope * at_most)))
+    in_alpha = prior.times(gradient)
+    along = [
+        jnp.sum(in_alpha * each.alpha) + jnp.sum(slope * each.precision) / 2
+        for each in (before, direction)
+    ]
+    # The new direction ascends; below eps its slope is rounding.
+    return direction, residual, along[0], jnp.maximum(along[1], jnp.finfo(y.dtype).eps)
 
 
 def _conjugate_gradients(
@@ -289,7 +302,7 @@ def _begin(start: Sites, damping: Any) -> Fit:
     expected = LogNormalizer(zeros[:, 0], zeros, zeros)
     least, largest = number(-np.inf), number(np.inf)
     step = known(damping).astype(zeros.dtype)
-    return Fit(start, expected, least, largest, 0, Sites(zeros, zeros), step)
+    return Fit(start, expected, least, largest, 0, Sites(zeros, zeros), step, number(1))
 
 
 def _steps(
@@ -309,9 +322,15 @@ def _steps(
         value = known(gain) - (weight * known(expected.value)).sum()
 
         def accept() -> Fit:
-            direction, residual = _ascent(prior, y, sites, expected, q)
-            step = namespace(value).minimum(at.step * _LONGER, damping).astype(y.dtype)
-            return Fit(sites, expected, value, known(residual), at.iterations, direction, step)
+            direction, residual, end, slope = _ascent(prior, y, sites, expected, q, at.direction)
+            # To where the slope along the last direction was 0, if the bound were quadratic. Where
+            # classes compete, curvatures are up to twice `diag omega`, so that a step of 1 jumps
+            # from one side of the optimum to the other, by changes that the bound's rounding hides.
+            slower = namespace(value).maximum(at.slope - known(end), at.slope / _LONGER)
+            step = at.step * at.slope / slower
+            step = namespace(value).clip(step, at.step * _SHORTER, damping).astype(y.dtype)
+            found = known(residual), at.iterations, direction, step, known(slope)
+            return Fit(sites, expected, value, *found)
 
         def shorten() -> Fit:
             return at._replace(step=at.step * _SHORTER)
