@@ -100,6 +100,8 @@ def test_errors_are_as_promised_and_as_reported(size):
     of = Problems(size)
     got = of.estimates(QuasiMonteCarlo())
     quantities = errors.POSITIONS_NNGP, errors.POSITIONS_NTK
+    if size > 16:
+        quantities = errors.POSITIONS_MANY_NNGP, errors.POSITIONS_MANY_NTK
     for column, (value, derivative, factor, quantity) in enumerate(
         zip((got.value, got.slope), ((), (1,)), (1, of.scale), quantities, strict=True)
     ):
@@ -108,8 +110,8 @@ def test_errors_are_as_promised_and_as_reported(size):
         error = relative(value, factor[:, None, None] * matrix, factor * scale)
         limits = [errors.promised(quantity, v) for v in of.largest]
         assert np.all(error < limits), (quantity, error / limits)
-        # Reported is twice the largest standard error. Few pairs are off by more than three, and
-        # most by more than a tenth.
+        # Reported is twice the largest standard error, more of few scramblings. Few pairs are off
+        # by more than three, and most by more than a tenth.
         ratio = 2 * error / np.maximum(got.error[:, column], 1e-9)
         assert np.mean(ratio > 3) < 0.05, (quantity, ratio)
         assert np.median(ratio) > 0.3, (quantity, ratio)
@@ -266,8 +268,14 @@ def test_asking_for_an_error_reaches_it():
     loose, tight = (of.estimates(QuasiMonteCarlo(error=error)) for error in (1e-2, 2e-3))
     for got, limit in ((loose, 1e-2), (tight, 2e-3)):
         assert np.all(got.error <= limit)
+        # What is reported is not exceeded in 19 cases of 20, and then not by much.
         matrix, scale = of.expected(())
-        assert np.all(relative(got.value, matrix, scale) < limit)
+        of_value = relative(got.value, matrix, scale) / limit
+        matrix, scale = of.expected((1,))
+        of_slope = relative(got.slope / of.scale[:, None, None], matrix, scale) / limit
+        assert np.all(np.mean([of_value, of_slope], 1) < 0.6)
+        assert np.mean([of_value > 1, of_slope > 1]) < 0.05
+        assert np.max([of_value, of_slope]) < 1.5
     assert np.median(loose.error) > np.median(tight.error)
 
 

@@ -70,8 +70,9 @@ def joint_second_moment(
     Differentiable in all three; first derivatives alone where points are used, which estimate the
     derivatives themselves, by Price's theorem.
 
-    Errors: `POSITIONS_CLOSED_FORM` and `POSITIONS_NNGP` in `taylor_softmax._numerics.errors`, with
-    the default number of points. Where values are concrete a larger estimated error warns.
+    Errors: `POSITIONS_CLOSED_FORM`, `POSITIONS_NNGP` and `POSITIONS_MANY_NNGP` in
+    `taylor_softmax._numerics.errors`, with the default number of points. Where values are concrete
+    an estimated error of more than 2e-2 of the scale warns.
 
     Args:
       cov11: `K11`, `(..., S, S)`, symmetric and positive semi-definite.
