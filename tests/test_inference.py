@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from sklearn.datasets import load_digits
 
 from taylor_softmax import predict, stax
 from taylor_softmax._probabilities import inference
@@ -354,6 +355,22 @@ def test_float32():
     k_test = kernel(x + 0.3, x, 10.0), np.full(12, 10.0)
     got = single(*(k.astype(np.float32) for k in k_test)).probabilities
     np.testing.assert_allclose(got, double(*k_test).probabilities, atol=2e-3)
+
+
+@pytest.mark.quick
+def test_classes_that_compete_converge_in_single_precision():
+    """Steps of 1 jump from one side of the optimum to the other, which rounding hides."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = images[:100], labels[:100]
+    x = np.float32((x - x.mean(0)) / x.std())
+    kernel_fn = stax.serial(
+        *[stax.Dense(1, W_std=1.85, b_std=0.3), stax.Relu()] * 2, stax.Dense(1, W_std=3.44)
+    )[2]
+    k = np.float32(kernel_fn(x, None, "nngp"))
+    posterior = predict.categorical_inference(k, y, tol=1e-4, max_iterations=40)
+    assert posterior.converged
+    exact = predict.categorical_inference(np.float64(k), y, tol=1e-6)
+    np.testing.assert_allclose(posterior.log_evidence, exact.log_evidence, rtol=1e-5)
 
 
 @pytest.mark.slow
