@@ -39,11 +39,13 @@ class Prepared(NamedTuple):
 
     Attributes:
       kernels: NNGP and NTK.
+      scales: what errors of both are relative to.
       departures: of both from softmax's.
       sampler: compiled.
     """
 
     kernels: tuple[np.ndarray, np.ndarray]
+    scales: tuple[float, float]
     departures: tuple[float | None, float | None]
     sampler: Sampler
 
@@ -54,7 +56,7 @@ def prepare(problem: Problem, n_samples: int, devices: list[Any]) -> Prepared:
         kernels = problem.analytic()
         sampler = Sampler(problem, n_samples, devices, entries=problem.is_estimated)
         sampler.compile()
-        return Prepared(kernels, problem.departure(kernels), sampler)
+        return Prepared(kernels, problem.scales(kernels), problem.departure(kernels), sampler)
 
 
 def key_of(problem: Problem, seed: int) -> Array:
@@ -66,7 +68,7 @@ def results_of(problem: Problem, prepared: Prepared, estimate: Estimate) -> list
     """Analytic and sampled kernels of one problem."""
     estimated = problem.is_estimated
     mean, stderr, n_draws = estimate
-    kernels, departures, _ = prepared
+    kernels, scales, departures, _ = prepared
     results = []
     for i, (kernel, matrix) in enumerate(zip(("nngp", "ntk"), kernels, strict=True)):
         if estimated:
@@ -83,7 +85,7 @@ def results_of(problem: Problem, prepared: Prepared, estimate: Estimate) -> list
                 analytic=float(analytic),
                 mean=float(sampled),
                 stderr=float(error),
-                scale=float(np.max(np.abs(matrix))),
+                scale=scales[i],
                 entries=matrix.size if estimated else 1,
                 tolerance=problem.tolerance(kernel),
                 n_draws=n_draws,

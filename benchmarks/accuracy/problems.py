@@ -86,7 +86,7 @@ class LayerProblem:
         return self.axis in (POSITIONS, ATTENTION) and self.order != 2
 
     def tolerance(self, kernel: str) -> float:
-        """Promised error of "nngp" or "ntk" over the largest entry; 0 of an exact kernel."""
+        """Promised error of "nngp" or "ntk", relative to its scale; 0 of an exact kernel."""
         if not self.is_estimated:
             return 0.0
         quantities = {
@@ -150,6 +150,21 @@ class LayerProblem:
         nngp, ntk = _layer_kernel(self.axis, self.order, self.size)(*self.inputs())
         shape = self.n_positions, self.n_positions
         return np.asarray(nngp).reshape(shape), np.asarray(ntk).reshape(shape)
+
+    def scales(self, own: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+        """What errors of NNGP and NTK are relative to, `own` being the `analytic` kernels.
+
+        The largest entry; of estimates over positions, as promises have it, the geometric mean of
+        the largest entries at correlation 1, of the NTK with an incoming one of the same size.
+        """
+        if self.axis != POSITIONS or not self.is_estimated:
+            return largest_entries(own)
+        first, second = (
+            largest_entries(dataclasses.replace(self, var1=v, var2=v, rho=1.0).analytic())
+            for v in (self.var1, self.var2)
+        )
+        nngp, ntk = (float(np.sqrt(a * b)) for a, b in zip(first, second, strict=True))
+        return nngp, abs(self.rho) * ntk
 
     def departure(self, own: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
         """Largest difference of the `analytic` kernels from softmax's own, over its largest entry.
@@ -237,6 +252,11 @@ class LayerProblem:
         return nngp, 3 * nngp + product(dy1, dy2)
 
 
+def largest_entries(kernels: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    nngp, ntk = (float(np.max(np.abs(kernel))) for kernel in kernels)
+    return nngp, ntk
+
+
 @functools.cache
 def _layer_kernel(axis: str, order: int | None, size: int) -> Any:
     units = size if axis == CLASSES else 1
@@ -285,6 +305,9 @@ class NetworkProblem:
             return stax.serial(stax.Dense(width, W_std=1.3), softmax_layer(WIDTH, 4), dense(10))
         layer = softmax_layer(POSITIONS, 2)
         return stax.serial(conv(width, (3,), padding="SAME"), stax.Relu(), conv(8, (1,)), layer)
+
+    def scales(self, own: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+        return largest_entries(own)
 
     def weights(self) -> np.ndarray:
         """The mean over positions: deviations are relative to it, and it is far from 0."""

@@ -19,7 +19,7 @@ class Result(NamedTuple):
       group: of problems that belong together.
       kernel: "nngp" or "ntk".
       analytic, mean, stderr: the number that is compared.
-      scale: the largest entry of the analytic kernel.
+      scale: what errors are relative to, see `LayerProblem.scales`.
       entries: that the compared one is the worst of; 1 where it was chosen beforehand.
       tolerance: documented error over `scale`; 0 of an exact kernel.
       n_draws: of Monte Carlo.
