@@ -51,6 +51,8 @@ def kernel_fn(at=AT):
     return fully_connected(3, **at)[2]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @parametrize_with_checks([InfiniteNetworkClassifier()])
 def test_contract_of_scikit_learn(estimator, check):
     check(estimator)

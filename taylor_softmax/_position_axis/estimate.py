@@ -145,7 +145,9 @@ def relative_error(
     Args:
       n: number of scramblings that they come of, up to `most`.
     """
-    quantiles = scipy.stats.t.ppf((1 + _LEVEL) / 2, np.arange(most + 1) - 1)
+    # Fewer than two have no spread, and no quantile: debuggers of NaN would find it.
+    degrees = np.maximum(np.arange(most + 1) - 1, 1)
+    quantiles = scipy.stats.t.ppf((1 + _LEVEL) / 2, degrees)
     quantile = jnp.asarray(quantiles, stderr.dtype)[n.astype(int)]
     tiny = float(jnp.finfo(stderr.dtype).tiny)
     return quantile * jnp.max(stderr, (1, 2)) / jnp.maximum(units, tiny)

@@ -44,7 +44,7 @@ class Moments(NamedTuple):
       value: `E[y(u) y(v)^T]`.
       slope: its derivative in `K12` along `Theta`; None without `Theta`.
       error: the estimated largest errors of value and slope, `(pairs, 1 or 2)`, relative to
-        `estimate.units`; NaN of what is not estimated with points.
+        `estimate.units`; 0 of what is computed without points.
     """
 
     value: Float[Array, "pairs S T"]
@@ -192,7 +192,7 @@ def second_moments(
         budget = Budget.of(method, max(sizes))
         # Outside the loop over pairs, in which they would be laid out once a pair.
         points = budget.points(sizes, cov12.dtype)
-    unknown = jnp.full(n_results, jnp.nan, cov12.dtype)
+    no_points = jnp.zeros(n_results, cov12.dtype)
 
     def of_pair(args: tuple[Array, Array, Array, Array | None]) -> tuple[Any, ...]:
         i, j, cov12, theta = args
@@ -204,10 +204,10 @@ def second_moments(
             results, error, _ = pair.sampled(surrogate, budget, left, right, cov12, theta, points)
             return results[0], None if theta is None else results[1], error
         if not surrogate.has_closed_form:
-            return *pair.series(left, right, cov12, theta), unknown
+            return *pair.series(left, right, cov12, theta), no_points
         if theta is None:
-            return closed_form.second_moment(left, right, cov12), None, unknown
-        return *closed_form.moment_and_slope(left, right, cov12, theta), unknown
+            return closed_form.second_moment(left, right, cov12), None, no_points
+        return *closed_form.moment_and_slope(left, right, cov12, theta), no_points
 
     args = first, second, cov12, theta
     step = _pairs_at_once(max(sizes), surrogate, budget)
