@@ -26,7 +26,7 @@ transformer: $(VENV)/.examples
 	$(BIN)/python examples/transformer.py
 
 test: setup
-	@echo 'One test of each kind: about 5 minutes on two cores the first time, since XLA compiles, then less.'
+	@echo 'One test of each kind: about 6 minutes on two cores the first time, since XLA compiles, then less.'
 	@echo '`make test-all` runs all of the suite but what takes minutes each, which `make test-slow` runs.'
 	$(BIN)/python -m pytest -n auto -m quick
 
