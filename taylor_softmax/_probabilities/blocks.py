@@ -48,17 +48,17 @@ def in_blocks(
     # Of what is beyond all promises, as XLA does: without a word.
     with np.errstate(all="ignore"):
         logits = rules.prepared(numbers[0], numbers[1], surrogate, count)
-        need = np.argmax(rules.fine_enough(logits, choices, surrogate), axis=0)
+        fine = rules.fine_enough(logits, choices, surrogate)
     if not isinstance(mean, Tracer) and not isinstance(variance, Tracer):
-        return _by_need(by_rule, logits, need, surrogate)
+        return _by_need(by_rule, logits, fine, surrogate)
     # While derivatives are traced the numbers are known, and with them which rules they need.
-    needed = tuple(choices[k] for k in np.unique(need))
+    needed = tuple(choices[k] for k in np.unique(np.argmax(fine, axis=0)))
     return in_graph(by_rule, mean, variance, surrogate, count, needed)
 
 
-def _size(n_classes: int, surrogate: Surrogate) -> int:
+def _size(n_classes: int, rule: Rule) -> int:
     """How many points a block has."""
-    return max(1, _BLOCK // (n_classes * rules.for_surrogate(surrogate)[0].outer))
+    return max(1, _BLOCK // (n_classes * rule.outer))
 
 
 def _blocks(n: int, size: int) -> np.ndarray:
@@ -66,23 +66,31 @@ def _blocks(n: int, size: int) -> np.ndarray:
     return np.minimum(np.arange(-(-n // size) * size), n - 1).reshape(-1, size)
 
 
-def _by_need(by_rule: ByRule[Any], logits: Logits, need: np.ndarray, surrogate: Surrogate) -> Any:
-    """What is integrated of concrete logits, by the index of the rule that each needs."""
-    size = _size(logits.mean.shape[1], surrogate)
-    if len(need) <= _FEW:
-        size = min(size, _FEW)
+def _by_need(by_rule: ByRule[Any], logits: Logits, fine: np.ndarray, surrogate: Surrogate) -> Any:
+    """What is integrated of concrete logits, by which rules are fine enough, `(rules, P)`."""
+    choices = rules.for_surrogate(surrogate)
+    n_points, n_classes = logits.mean.shape
+    need = np.argmax(fine, axis=0)
     parts, places = [], []
-    for k in np.unique(need):
-        of_rule = np.flatnonzero(need == k)
-        rule = rules.for_surrogate(surrogate)[k]
-        for block in of_rule[_blocks(len(of_rule), size)]:
+    waiting = np.arange(n_points)
+    # From the finest rule on: what room its last block has is for points that need less.
+    for k in np.unique(need)[::-1]:
+        size = _size(n_classes, choices[k])
+        if n_points <= _FEW:
+            size = min(size, _FEW)
+        with_rule = waiting[need[waiting] == k]
+        room = -len(with_rule) % size
+        others = waiting[(need[waiting] < k) & fine[k, waiting]]
+        with_rule = np.concatenate([with_rule, others[np.argsort(-need[others])][:room]])
+        waiting = np.setdiff1d(waiting, with_rule)
+        for block in with_rule[_blocks(len(with_rule), size)]:
             points = jax.tree.map(lambda x, block=block: x[block], logits)
-            parts.append(_one_block(by_rule, points, rule, surrogate))
+            parts.append(_one_block(by_rule, points, choices[k], surrogate))
             places.append(block)
     place = np.concatenate(places)
 
     def restored(*blocks: np.ndarray) -> Array:
-        result = np.empty((len(need), *blocks[0].shape[1:]), blocks[0].dtype)
+        result = np.empty((n_points, *blocks[0].shape[1:]), blocks[0].dtype)
         result[place] = np.concatenate(blocks)
         return jnp.asarray(result)
 
@@ -124,7 +132,7 @@ def in_graph(
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # Points that need the same rule come together, so that few wait for what others need.
     by_need = jnp.argsort(jnp.argmax(fine, axis=0))
-    size = min(n_points, _size(mean.shape[1], surrogate))
+    size = min(n_points, _size(mean.shape[1], choices[0]))
     blocks = lax.map(block, by_need[_blocks(n_points, size)])
     restore = jnp.argsort(by_need)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[restore], blocks)

@@ -120,9 +120,7 @@ def _gain(prior: Prior, y: Array, sites: Sites) -> tuple[Array, _Marginals]:
     n_classes = sites.precision.shape[1]
     total = jnp.sum(sites.precision, axis=1)
     each = jnp.concatenate([sites.precision.T, total[None] / n_classes])
-    # Rematerialised: in the backward pass, too, one class at a time.
-    terms = jax.checkpoint(functools.partial(_divergence_terms, prior))
-    variances, logdets = lax.map(terms, each)
+    variances, logdets = lax.map(functools.partial(_divergence_terms, prior), each)
     variance = variances[:-1].T
     mean = prior.times(sites.alpha)
     shift = jnp.sum(sites.alpha, axis=1)
@@ -131,19 +129,6 @@ def _gain(prior: Prior, y: Array, sites: Sites) -> tuple[Array, _Marginals]:
     twice = twice + jnp.sum(logdets[:-1]) - logdets[-1]
     whole = variance + prior.rest[:, None]
     return jnp.sum(y * mean) - twice / 2, _Marginals(mean, variance, whole, variances[-1])
-
-
-@jax.jit
-def bound(prior: Prior, y: Array, sites: Sites, expected: LogNormalizer) -> Array:
-    """The bound at given sites; it has first derivatives, in the prior and in the sites.
-
-    Args:
-      expected: at these sites.
-    """
-    gain, q = _gain(prior, y, sites)
-    change = expected.mean * (q.mean - lax.stop_gradient(q.mean))
-    change = change + expected.curvature * (q.whole - lax.stop_gradient(q.whole)) / 2
-    return gain - jnp.sum(jnp.sum(y, axis=1) * (expected.value + jnp.sum(change, axis=1)))
 
 
 @jax.jit
@@ -346,10 +331,56 @@ def _steps(
     return unfinished, advance
 
 
+@jax.jit
+def _slope(prior: Prior, y: Array, sites: Sites, expected: LogNormalizer) -> Prior:
+    """Of the bound in the prior, at given sites. It takes one Cholesky factor a class."""
+    n_classes = y.shape[1]
+    mass = jnp.sum(y, axis=1, keepdims=True)
+    in_whole = -mass * expected.curvature / 2
+    in_variance = in_whole + (1 - 1 / n_classes) / 2 * sites.precision
+
+    def means_and_rest(prior: Prior) -> Array:
+        mean = prior.times(sites.alpha)
+        centred = sites.alpha - jnp.mean(sites.alpha, axis=1, keepdims=True)
+        of_mean = (y - mass * expected.mean) - centred / 2
+        return jnp.sum(of_mean * mean) + jnp.sum(in_whole * prior.rest[:, None])
+
+    def add(total: Prior, of_class: tuple[Any, ...]) -> tuple[Prior, None]:
+        precision, in_variance, in_logdet = of_class
+        slope = prior.given(precision).slope(in_variance, in_logdet)
+        return jax.tree.map(jnp.add, total, slope), None
+
+    # The last is the posterior of the mean over classes, of which logdet alone counts.
+    shared = jnp.sum(sites.precision, axis=1) / n_classes
+    precisions = jnp.concatenate([sites.precision.T, shared[None]])
+    in_variances = jnp.concatenate([in_variance.T, jnp.zeros_like(shared)[None]])
+    in_logdets = np.array([-0.5] * n_classes + [0.5], y.dtype)
+    start = jax.grad(means_and_rest)(prior)
+    return lax.scan(add, start, (precisions, in_variances, in_logdets))[0]
+
+
 def slope(prior: Prior, y: Array, sites: Sites) -> Any:
-    """Of the bound, in the prior. At its optimum in the sites they can be held fixed."""
-    _, q = _marginals(prior, y, sites)
+    """Of the bound in the prior, at sites of its optimum, which can be held fixed there."""
+    still = jax.tree.map(np.zeros_like, sites)
+    _, _, q = _trial(prior, y, sites, still, y.dtype.type(0))
     return _slope(prior, y, sites, log_normalizer(q.mean, q.whole))
 
 
-_marginals, _slope = jax.jit(_gain), jax.jit(jax.grad(bound))
+@jax.custom_jvp
+def evidence(prior: Prior, y: Array, fit: Fit) -> Array:
+    """The bound that a fit of `prior` and `y` has reached; NaN where none is finite.
+
+    It has first derivatives in both: at the optimum the sites can be held fixed.
+    """
+    del prior, y
+    value = jnp.asarray(fit.log_evidence)
+    return jnp.where(jnp.isfinite(value), value, jnp.nan)
+
+
+@evidence.defjvp
+def _evidence_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    prior, y, fit = primals
+    slope = _slope(prior, y, fit.sites, fit.expected)
+    along = sum(jnp.sum(a * b) for a, b in zip(slope, tangents[0], strict=True))
+    in_labels = prior.times(fit.sites.alpha) - fit.expected.value[:, None]
+    return evidence(*primals), along + jnp.sum(in_labels * tangents[1])

@@ -299,11 +299,11 @@ def categorical_inference(
         if progress:
             print(f"iteration {iteration}: log evidence {bound:.6g}, residual {residual:.1e}")
 
-    filled, labels, *start = _filled(prior, y, *_start(prior, y, init))
+    filled, labels = _filled(prior, y)
     fit = inference.fit(
         filled,
         labels,
-        Sites(*start),
+        _start(filled, y, labels, init),
         tol=tol,
         max_iterations=max_iterations,
         damping=damping,
@@ -378,8 +378,7 @@ def categorical_log_evidence(
         max_iterations=max_iterations,
         damping=damping,
     )
-    sites, expected = jax.lax.stop_gradient((fit.sites, fit.expected))
-    return inference.bound(prior, y, sites, expected)
+    return inference.evidence(prior, y, jax.lax.stop_gradient(fit))
 
 
 def _filled(prior: Prior, *rows: Any) -> tuple[Any, ...]:
@@ -399,16 +398,15 @@ def _check_options(tol: Any, max_iterations: Any, damping: Any) -> None:
     check_entries("damping", damping, (damping > 0) & (damping <= 1), "in (0, 1]")
 
 
-def _start(prior: Prior, y: Array, init: CategoricalPosterior | None) -> Sites:
-    """Sites to start from for labels `(N, C)`: those of `init`, if it has as many."""
+def _start(prior: Prior, y: Array, filled: Array, init: CategoricalPosterior | None) -> Sites:
+    """Sites to start from for labels `(N, C)`, filled up: those of `init`, if it has as many."""
     if init is None:
-        return inference.initial_sites(y)
+        return inference.initial_sites(filled)
     if init.alpha.shape != y.shape:
         raise ValueError(
             f"`init` must have {y.shape[0]} inputs and {y.shape[1]} classes, got "
             f"{init.alpha.shape}."
         )
-    before, sites = jax.tree.map(
-        lambda x: x.astype(y.dtype), (init.prior, Sites(init.alpha, init.site_precision))
-    )
+    before, *sites = _filled(init.prior, init.alpha, init.site_precision)
+    before, sites = jax.tree.map(lambda x: x.astype(y.dtype), (before, Sites(*sites)))
     return inference.carried_over(prior, before, sites)

@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
+from taylor_softmax._numerics.arguments import concrete, namespace
 from taylor_softmax._numerics.precision import matmul
 
 # Added to K_ZZ, in units of eps times M times its mean variance: inducing inputs that are alike
@@ -35,18 +36,18 @@ _JITTER = 10.0
 def padded_size(n: int) -> int:
     """The size that `n` inputs are filled up to, so that what is compiled serves other numbers.
 
-    At most a sixteenth more from 512 on, where time is that of computing; below 256 it is that of
-    compiling.
+    At most a sixteenth more from 512 on, where time is that of computing.
     """
-    if n <= 32:
-        return 16 if n <= 16 else 32
-    step = 64 if n <= 256 else 32
-    return -(-n // step) * step
+    if n <= 16:
+        return 16
+    return -(-n // 32) * 32
 
 
 def padded(array: Any, *shape: int) -> Array:
-    """With zeros behind, up to `shape`."""
-    return jnp.pad(array, [(0, n - m) for n, m in zip(shape, array.shape, strict=True)])
+    """With zeros behind, up to `shape`; numbers that are known by NumPy, which compiles nothing."""
+    array = concrete(array)
+    widths = [(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
+    return jnp.asarray(namespace(array).pad(array, widths))
 
 
 class Exact(NamedTuple):
@@ -118,6 +119,17 @@ class ExactGiven(NamedTuple):
         """By how much observations reduce the variances of inputs with these features, `(T,)`."""
         inner = solve_triangular(self.lower, self.root[:, None] * features.T, lower=True)
         return jnp.sum(inner**2, axis=0)
+
+    def slope(self, in_variance: Array, in_logdet: Array) -> Exact:
+        """In the kernel, of `in_variance^T variance() + in_logdet logdet()`.
+
+        With `A = (Id + K diag omega)^-1 = Id - V diag omega`: `dV = A dK A^T` and
+        `dlogdet = tr(diag(omega) A dK)`.
+        """
+        precision = self.root**2
+        posterior = self.kernel - matmul(self.half.T, self.half)
+        a = jnp.eye(len(precision), dtype=precision.dtype) - posterior * precision
+        return Exact(matmul(a.T, in_variance[:, None] * a) + in_logdet * precision[:, None] * a)
 
 
 def jitter(inducing: Any) -> Any:
@@ -217,6 +229,20 @@ class InducingGiven(NamedTuple):
         """By how much observations reduce the variances of inputs with these features, `(T,)`."""
         inner = solve_triangular(self.lower, features.T, lower=True)
         return jnp.sum(features**2, axis=1) - jnp.sum(inner**2, axis=0)
+
+    def slope(self, in_variance: Array, in_logdet: Array) -> Inducing:
+        """In the prior, of `in_variance^T variance() + in_logdet logdet()`.
+
+        With `U = (Id + Phi diag(omega) Phi^T)^-1 Phi`: `V = Phi^T U`, and the slope in `Phi` is
+        `2 U (diag(in_variance) (Id - V diag omega) + in_logdet diag omega)`.
+        """
+        u = solve_triangular(self.lower, self.half, lower=True, trans="T")
+        weighted = in_variance * u
+        inner = matmul(weighted, u.T)
+        damped = weighted - matmul(inner, self.weights * self.precision)
+        weights = 2 * (damped + in_logdet * self.precision * u)
+        others = jnp.zeros_like(self.lower), jnp.zeros_like(in_variance)
+        return Inducing(others[0], weights, others[1])
 
 
 Prior = Exact | Inducing
