@@ -48,18 +48,18 @@ _MOST, _INDUCING = 2000, 500
 class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
     """Calibrated class probabilities from an infinitely wide network, as scikit-learn has them.
 
-    The network's logits are a Gaussian process, labels have the probabilities `softmax(logits)`,
-    and `taylor_softmax.predict.categorical_inference` gives the posterior of that model. The scales
-    of weights and biases are hyperparameters: `fit` chooses those of the largest evidence, which
-    takes no held-out labels.
+    The network's logits are a Gaussian process. `fit` infers their posterior from the labels, and
+    class probabilities are the exact expectation of `softmax(logits)`. The scales of weights and
+    biases are hyperparameters: `fit` chooses those of the largest evidence, which takes no held-out
+    labels.
 
         classifier = InfiniteNetworkClassifier().fit(x_train, y_train)
         classifier.predict_proba(x_test)
         classifier.score(x_test, y_test), classifier.log_evidence_
 
-    Time grows with `N^3`, per class and iteration of the inference; each value of the
-    hyperparameters that the optimizer tries takes some ten iterations. The classifier computes in
-    JAX's precision: float32, or float64 where `jax_enable_x64` is set.
+    Time grows with `N^3`, for each value of the hyperparameters that the optimizer tries, and with
+    `inference="categorical"` for each class and some ten iterations, too. The classifier computes
+    in JAX's precision: float32, or float64 where `jax_enable_x64` is set.
 
     Args:
       network: a function `network(n_classes, **hyperparameters)` that returns a network of
@@ -73,15 +73,19 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         keeps the values given.
       max_iter: the most iterations of the optimizer. It also ends after an iteration that raises
         the evidence by less than 0.002 nats a training input.
-      inference: "categorical", or "least_squares": regression on the labels, whose posterior goes
-        through softmax. It takes one solve. Its evidence is the density of the labels as real
-        numbers. The scale of its logits is that of the largest leave-one-out likelihood.
+      inference: "least_squares" is regression on the labels. Its noise is that of the largest
+        evidence, which is the density of the labels as real numbers, whatever their unit: a factor
+        of the kernel changes nothing. The scale of its logits is that of the largest leave-one-out
+        likelihood. "categorical" is `taylor_softmax.predict.categorical_inference`, where labels
+        have the probabilities `softmax(logits)`: it takes more time, its evidence can be compared
+        with that of other models of the labels, and its probabilities are less sure than its
+        predictions are right where inputs are few. `benchmarks/results/inference.md` has both.
       n_inducing: with more training inputs than this, `choose_inducing` takes so many of them to
         stand for all. The hyperparameters then maximise the evidence of as many training inputs
         drawn at random. None means 500 where there are more than 2,000 training inputs.
       batch_size: how many test inputs have their kernels computed at a time.
-      tol: what the residual of the inference has to fall to, as in `categorical_inference`.
-      max_iterations: the most iterations of the inference, at each value of the hyperparameters.
+      tol: what the residual of `categorical_inference` has to fall to.
+      max_iterations: its most iterations, at each value of the hyperparameters.
       get: the kernel of the logits, "nngp" or "ntk".
       mask_constant: the value in inputs that stands for padding, as in `stax`.
       verbose: 1 reports the hyperparameters on stderr, 2 the iterations of the inference too.
@@ -90,7 +94,8 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
       classes_: the classes, sorted, `(C,)`.
       n_features_in_: how many columns inputs have.
       hyperparameters_: their values after `fit`.
-      log_evidence_: the lower bound of `log p(y)` for all training inputs, in nats.
+      log_evidence_: of all training inputs, in nats, or a lower bound of it: that of the log
+        density of the labels, or of their log probability where `inference="categorical"`.
       n_iter_: iterations of the optimizer, or of the inference where there is no optimizer.
       converged_: whether both have converged.
       posterior_: the posterior of the logits, a `CategoricalPosterior`.
@@ -103,7 +108,7 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         hyperparameters: Hyperparameters | None = None,
         optimizer: str | None = "L-BFGS-B",
         max_iter: int = 20,
-        inference: str = "categorical",
+        inference: str = "least_squares",
         n_inducing: int | None = None,
         batch_size: int = 1000,
         tol: float = 1e-3,
@@ -213,7 +218,7 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         """In `fit`, where scikit-learn wants it."""
         choices: dict[str, tuple[Any, ...]] = {
             "optimizer": ("L-BFGS-B", None),
-            "inference": ("categorical", "least_squares"),
+            "inference": ("least_squares", "categorical"),
             "get": ("nngp", "ntk"),
         }
         for name, allowed in choices.items():
@@ -280,7 +285,7 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
                 # At the start it is the user's mistake, which the inference explains.
                 raise FloatingPointError(f"the kernel is not finite at {shown(at)}")
             last = likelihood.posterior(kernel, last)
-            slopes = network.slopes(x, at, likelihood.slope(kernel, last))
+            slopes = network.slopes(x, at, likelihood.slope(last))
             if self.verbose:
                 message = f"log evidence {last.log_evidence:.6g} at {shown(at)}"
                 print(message, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
@@ -61,7 +62,7 @@ def test_contract_of_scikit_learn(estimator, check):
 @pytest.mark.quick
 def test_is_the_posterior_of_its_parts():
     """Scaled inputs, the kernel of the network, inference, exact probabilities."""
-    classifier = fixed().fit(X, NAMES[LABELS])
+    classifier = fixed(inference="categorical").fit(X, NAMES[LABELS])
     scale = np.sqrt(np.mean((X - X.mean(0)) ** 2))
     x, x_test = (X - X.mean(0)) / scale, (X_TEST - X.mean(0)) / scale
     k = kernel_fn()
@@ -80,7 +81,8 @@ def test_is_the_posterior_of_its_parts():
     assert classifier.converged_
     # Negative control: of other scales.
     other = {**AT, "b_std": 0.5}
-    again = InfiniteNetworkClassifier(hyperparameters=other, optimizer=None).fit(X, LABELS)
+    options = {"optimizer": None, "inference": "categorical"}
+    again = InfiniteNetworkClassifier(hyperparameters=other, **options).fit(X, LABELS)
     assert np.abs(again.predict_proba(X_TEST) - want.probabilities).max() > 1e-4
 
 
@@ -102,7 +104,8 @@ def test_hyperparameters_maximise_the_evidence(inference):
         for factor in (0.7, 1.4):
             moved = {**found, name: factor * found[name]}
             assert evidence(moved) < classifier.log_evidence_ + 0.2
-    far = {name: value / 2 for name, value in found.items()}
+    # Least squares sees the ratio of the scales alone.
+    far = {"W_std": found["W_std"] / 4, "b_std": 4 * found["b_std"], "last_W_std": 0.3}
     assert evidence(far) < classifier.log_evidence_ - 0.5
 
 
@@ -119,11 +122,14 @@ def test_slopes_are_those_of_the_evidence(inference):
         return float(likelihood.posterior(network.square(X, at)).log_evidence)
 
     kernel = network.square(X, AT)
-    slopes = network.slopes(X, AT, likelihood.slope(kernel, likelihood.posterior(kernel)))
+    slopes = network.slopes(X, AT, likelihood.slope(likelihood.posterior(kernel)))
     for name, value in AT.items():
         h = 1e-4 * value
         difference = evidence({**AT, name: value + h}) - evidence({**AT, name: value - h})
-        np.testing.assert_allclose(slopes[name], difference / (2 * h), rtol=1e-5)
+        np.testing.assert_allclose(slopes[name], difference / (2 * h), rtol=1e-5, atol=1e-8)
+    assert abs(slopes["b_std"]) > 0.1
+    # A factor of the kernel changes nothing for least squares.
+    assert (abs(slopes["last_W_std"]) > 0.1) == (inference == "categorical")
 
 
 @pytest.mark.parametrize("n", [1, 5, 24, 25, 64])
@@ -136,59 +142,93 @@ def test_padding_changes_no_kernel(n, get):
     np.testing.assert_allclose(network.variances(x, AT), np.diagonal(k(x, None, get)), rtol=2e-8)
 
 
-def regressed(kernel, labels):
-    """Evidence, mean and covariance of the logits, as defined."""
-    t = np.eye(3)[labels] - 1 / 3
-    noisy = kernel + 0.01 * np.eye(len(kernel))
+def regressed(kernel, labels, noise, unit):
+    """Evidence of the targets, and weights of the logits, as defined."""
+    t = (np.eye(3)[labels] - 1 / 3) / unit
+    noisy = kernel + noise * np.eye(len(kernel))
     density = scipy.stats.multivariate_normal(np.zeros(len(kernel)), noisy)
-    evidence = sum(density.logpdf(each) for each in t.T)
-    return evidence, np.linalg.solve(noisy, t), noisy
+    # Coordinates of the plane in which the classes sum to 0.
+    plane = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
+    evidence = sum(density.logpdf(each) for each in plane @ t.T)
+    return evidence - 2 * len(kernel) * np.log(unit), np.linalg.solve(noisy, t), noisy
 
 
 def test_least_squares_as_defined():
     kernel = np.asarray(kernel_fn()(X, None, "nngp"))
     posterior = regression.posterior(kernel, LABELS, 3)
-    evidence, weights, noisy = regressed(kernel, LABELS)
-    np.testing.assert_allclose(posterior.log_evidence, evidence, rtol=1e-10)
-    np.testing.assert_allclose(posterior.alpha, weights, rtol=1e-9)
+    found = scipy.optimize.minimize(
+        lambda at: -regressed(kernel, LABELS, *np.exp(at))[0], [0, 0], method="Nelder-Mead"
+    )
+    np.testing.assert_allclose(posterior.log_evidence, -found.fun, rtol=1e-7)
+    noise, unit = np.exp(found.x)
+    np.testing.assert_allclose(1 / posterior.site_precision, noise, rtol=1e-3)
+    noise = 1 / float(posterior.site_precision[0, 0])
+    _, weights, noisy = regressed(kernel, LABELS, noise, unit)
+    np.testing.assert_allclose(posterior.alpha, weights, rtol=1e-3)
     cross = np.asarray(kernel_fn()(X_TEST, X, "nngp"))
     own = np.diagonal(np.asarray(kernel_fn()(X_TEST, None, "nngp")))
     logits = posterior(cross, own, latent=True)
-    np.testing.assert_allclose(logits.mean, cross @ weights, rtol=1e-9)
+    np.testing.assert_allclose(logits.mean, cross @ posterior.alpha, rtol=1e-9)
     reduced = own - np.sum(cross * np.linalg.solve(noisy, cross.T).T, axis=1)
     np.testing.assert_allclose(logits.variance[:, 0], reduced, rtol=1e-9)
     # All training inputs for inducing ones: the same.
     whole = regression.posterior(
         predict.InducingKernels(kernel, kernel, np.diagonal(kernel)), LABELS, 3
     )
-    np.testing.assert_allclose(whole.log_evidence, evidence, rtol=1e-6)
+    np.testing.assert_allclose(whole.log_evidence, posterior.log_evidence, rtol=1e-6)
+    # Negative control: of another noise.
+    other = regressed(kernel, LABELS, 2 * noise, unit)
+    assert other[0] < posterior.log_evidence - 0.1
+    assert np.abs(other[1] / weights - 1).max() > 0.1
+
+
+def test_a_factor_of_the_kernel_changes_nothing():
+    kernel = np.asarray(kernel_fn()(X, None, "nngp"))
+    one, other = (regression.posterior(by * kernel, LABELS, 3) for by in (1.0, 1e6))
+    np.testing.assert_allclose(one.log_evidence, other.log_evidence, rtol=1e-9)
+    np.testing.assert_allclose(one.alpha, 1e3 * other.alpha, rtol=1e-4)
+
+
+def test_noise_stays_where_it_can_be_computed_with():
+    """Labels that the kernel explains without any, and those about which it says nothing."""
+    side = np.linspace(-1, 1, 24)
+    smooth = np.exp(-((side[:, None] - side) ** 2))
+    least = regression.posterior(smooth, (side > 0).astype(int), 2)
+    most = regression.posterior(np.ones((24, 24)), LABELS, 3)
+    for posterior in (least, most, regression.posterior(np.zeros((24, 24)), LABELS, 3)):
+        assert np.isfinite(posterior.log_evidence)
+        assert np.all(np.isfinite(posterior.alpha))
+        assert 1e-4 < 1 / posterior.site_precision[0, 0] < 1e4
 
 
 def test_scale_is_that_of_the_largest_leave_one_out_likelihood():
     kernel = np.asarray(kernel_fn()(X, None, "nngp"))
+    posterior = regression.posterior(kernel, LABELS, 3)
+    omega = float(posterior.site_precision[0, 0])
+    # The posterior at the training inputs is that of these targets.
+    t = kernel @ posterior.alpha + posterior.alpha / omega
+    noisy = kernel + np.eye(len(X)) / omega
     means, variances = [], []
     for i in range(len(X)):
         rest = np.arange(len(X)) != i
-        _, weights, noisy = regressed(kernel[np.ix_(rest, rest)], LABELS[rest])
-        means.append(kernel[i, rest] @ weights)
-        variances.append(kernel[i, i] - kernel[i, rest] @ np.linalg.solve(noisy, kernel[rest, i]))
+        cross = np.linalg.solve(noisy[np.ix_(rest, rest)], kernel[rest, i])
+        means.append(cross @ t[rest])
+        variances.append(kernel[i, i] - kernel[i, rest] @ cross)
     means, variances = np.array(means), np.array(variances)[:, None]
-    posterior = regression.posterior(kernel, LABELS, 3)
-    y = np.eye(3)[LABELS]
     sites = regression.Sites(posterior.alpha, posterior.site_precision)
-    got = regression._without_each(Exact(jnp.asarray(kernel)), jnp.asarray(y), sites)
-    np.testing.assert_allclose(got[0], means, rtol=1e-8)
+    got = regression._without_each(Exact(jnp.asarray(kernel)), sites)
+    np.testing.assert_allclose(got[0], means, rtol=1e-8, atol=1e-12)
     np.testing.assert_allclose(got[1], variances, rtol=1e-8)
 
     def likelihood(by):
         p = np.asarray(predict.class_probabilities(by * means, by**2 * variances))
         return np.mean(np.log(p[np.arange(len(X)), LABELS]))
 
-    scale = regression.scale(posterior, y)
+    scale = regression.scale(posterior, np.eye(3)[LABELS])
     best = max(likelihood(by) for by in np.geomspace(0.1, 100, 31))
     assert likelihood(scale) > best - 1e-3
     assert likelihood(scale / 10) < best - 0.01
-    classifier = fixed(inference="least_squares").fit(X, LABELS)
+    classifier = fixed().fit(X, LABELS)
     assert classifier.score(X, LABELS) > 0.8
 
 
@@ -247,7 +287,11 @@ def pooled(n_classes):
 
 def test_networks_and_inputs_of_more_axes():
     x = X[:, :, None]
-    options = {"hyperparameters": {"W_std": 1.0}, "optimizer": None}
+    options = {
+        "hyperparameters": {"W_std": 1.0},
+        "optimizer": None,
+        "inference": "categorical",
+    }
     classifier = InfiniteNetworkClassifier(convolutional, **options).fit(x, LABELS)
     k = convolutional(3, 1.0)[2]
     posterior = predict.categorical_inference(k(x, None, "nngp"), LABELS, n_classes=3, tol=1e-3)
@@ -280,7 +324,7 @@ def test_inducing_inputs_and_blocks():
     by_one = few.predict_proba(X_TEST)
     few.batch_size = 100
     np.testing.assert_allclose(few.predict_proba(X_TEST), by_one, rtol=1e-9)
-    chosen = InfiniteNetworkClassifier(n_inducing=6).fit(X, LABELS)
+    chosen = InfiniteNetworkClassifier(n_inducing=6, inference="categorical").fit(X, LABELS)
     assert set(chosen.hyperparameters_) == set(AT)
     assert chosen.log_evidence_ > -24 * np.log(3)
 
@@ -296,7 +340,7 @@ def test_pipelines_searches_and_pickles(tmp_path):
 
 def test_what_has_not_converged_says_so():
     with pytest.warns(ConvergenceWarning, match="The inference has not converged: after 2 iter"):
-        classifier = fixed(max_iterations=2).fit(X, LABELS)
+        classifier = fixed(inference="categorical", max_iterations=2).fit(X, LABELS)
     assert not classifier.converged_
     with pytest.warns(ConvergenceWarning, match="The optimizer has not converged: "):
         classifier = InfiniteNetworkClassifier(max_iter=1).fit(X, LABELS)
@@ -310,17 +354,19 @@ def exploding(n_classes, W_std):
 
 
 def test_a_search_that_meets_overflow_keeps_what_it_has():
-    classifier = InfiniteNetworkClassifier(exploding, hyperparameters={"W_std": 0.999})
+    classifier = InfiniteNetworkClassifier(
+        exploding, hyperparameters={"W_std": 0.999}, inference="categorical"
+    )
     with pytest.warns(ConvergenceWarning, match="not finite at W_std="):
         classifier.fit(X, LABELS)
     assert np.all(np.isfinite(classifier.predict_proba(X_TEST)))
 
 
 def test_progress_goes_to_stderr(capsys):
-    InfiniteNetworkClassifier(verbose=2, max_iterations=3, optimizer=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        InfiniteNetworkClassifier(verbose=2, max_iterations=3).fit(X, LABELS)
+        options = {"inference": "categorical", "max_iterations": 3}
+        InfiniteNetworkClassifier(verbose=2, **options).fit(X, LABELS)
     out, err = capsys.readouterr()
     assert not out
     assert "log evidence" in err
@@ -340,12 +386,12 @@ def no_network(n_classes):
     ("options", "error", "message"),
     [
         ({"optimizer": "adam"}, ValueError, "`optimizer` must be 'L-BFGS-B' or None, got 'adam'"),
-        ({"inference": "laplace"}, ValueError, "`inference` must be 'categorical' or"),
+        ({"inference": "laplace"}, ValueError, "`inference` must be 'least_squares' or"),
         ({"get": "cov1"}, ValueError, "`get` must be 'nngp' or 'ntk', got 'cov1'"),
         ({"max_iter": 0}, ValueError, "`max_iter` must be"),
         ({"batch_size": 1.5}, TypeError, "`batch_size` must be"),
         ({"n_inducing": 0}, ValueError, "`n_inducing` must be"),
-        ({"tol": 0.0}, ValueError, "`tol` must be positive"),
+        ({"inference": "categorical", "tol": 0.0}, ValueError, "`tol` must be positive"),
         (
             {"hyperparameters": {"W_std": -1.0}},
             ValueError,

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from taylor_softmax._probabilities import inference, regression
 from taylor_softmax._probabilities.arguments import InducingKernels
 from taylor_softmax._probabilities.posterior import CategoricalPosterior, categorical_inference
-from taylor_softmax._probabilities.priors import Exact, padded, padded_size
+from taylor_softmax._probabilities.priors import padded, padded_size
 
 Kernels = np.ndarray | InducingKernels
 
@@ -53,15 +52,14 @@ class Categorical:
                 progress=self.progress,
             )
 
-    def slope(self, kernel: np.ndarray, posterior: CategoricalPosterior) -> np.ndarray:
+    def slope(self, posterior: CategoricalPosterior) -> np.ndarray:
         """Of the evidence, in the kernel."""
         y = _one_hot(self.labels, self.n_classes, posterior)
-        n, size = len(kernel), padded_size(len(kernel))
+        n, size = len(y), padded_size(len(y))
         y, alpha, precision = (
             padded(x, size, self.n_classes) for x in (y, posterior.alpha, posterior.site_precision)
         )
-        prior = Exact(jnp.asarray(kernel)).padded(size)
-        slope = inference.slope(prior, y, inference.Sites(alpha, precision))
+        slope = inference.slope(posterior.prior.padded(size), y, inference.Sites(alpha, precision))
         return np.asarray(slope.kernel)[:n, :n]
 
     def scale(self, posterior: CategoricalPosterior) -> float:
@@ -92,14 +90,9 @@ class LeastSquares:
         del init
         return regression.posterior(kernels, self.labels, self.n_classes)
 
-    def slope(self, kernel: np.ndarray, posterior: CategoricalPosterior) -> np.ndarray:
+    def slope(self, posterior: CategoricalPosterior) -> np.ndarray:
         y = _one_hot(self.labels, self.n_classes, posterior)
-        return np.asarray(_slope_of_regression(kernel, y))
+        return np.asarray(regression.slope(posterior, y))
 
     def scale(self, posterior: CategoricalPosterior) -> float:
         return regression.scale(posterior, _one_hot(self.labels, self.n_classes, posterior))
-
-
-_slope_of_regression = jax.jit(
-    jax.grad(lambda kernel, y: regression.log_evidence(Exact(kernel), y)[0])
-)
