@@ -4,6 +4,7 @@ Run `python -m benchmarks.inference` on an otherwise idle machine; `--quick` tri
 """
 
 import functools
+import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,14 +17,14 @@ import numpy as np
 import scipy.optimize
 from jax import Array
 from scipy.special import softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.gaussian_process import GaussianProcessClassifier
 from sklearn.gaussian_process.kernels import RBF, Kernel
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.report import options, progress, run, table
+from benchmarks.report import environment, options, progress, run, table
 from taylor_softmax import stax
 from taylor_softmax.predict import InducingKernels, categorical_inference, choose_inducing
 from taylor_softmax.sklearn import InfiniteNetworkClassifier
@@ -181,7 +182,7 @@ def inducing(numbers: tuple[int, ...], n_test: int) -> str:
 
 
 class TemperatureScaled(ClassifierMixin, BaseEstimator):
-    """Regression on labels with the kernel of a fitted classifier, then softmax of scaled means.
+    """Regression on labels with the kernel that a classifier chooses, then softmax of scaled means.
 
     Noise and scale are those of the least negative log-likelihood of a fifth of the training
     inputs, which is held out for that.
@@ -191,10 +192,12 @@ class TemperatureScaled(ClassifierMixin, BaseEstimator):
         self.kernel_of = kernel_of
 
     def _kernel(self, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
-        same, at = self.kernel_of, self.kernel_of.hyperparameters_
+        same, at = self._fitted, self._fitted.hyperparameters_
         return same._network().cross(same._scaled(x1), same._scaled(x2), at).astype(float)
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> "TemperatureScaled":
+        fresh: Any = clone(self.kernel_of)
+        self._fitted = fresh.fit(X, y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         k, n = self._kernel(X, X), len(X) - len(X) // 5
         targets = np.eye(len(self.classes_))[labels] - 1 / len(self.classes_)
@@ -222,18 +225,8 @@ class TemperatureScaled(ClassifierMixin, BaseEstimator):
         return softmax(self._scale * self._kernel(X, self._x) @ self._weights, axis=1)
 
 
-class Outcome(NamedTuple):
-    """What a classifier says of the test inputs `(T, C)`, their labels, and seconds."""
-
-    probabilities: np.ndarray
-    labels: np.ndarray
-    first: float
-    fit: float
-    predict: float
-
-
 def nll(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each label, in nats."""
+    """Negative log-likelihood of each label, in nats; probabilities of 0 count as 1e-30."""
     return -np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-30))
 
 
@@ -253,55 +246,83 @@ def calibration_error(p: np.ndarray, labels: np.ndarray) -> float:
     return float(np.sum(share * np.abs(confidence - accuracy)))
 
 
-def measured(classifier: Any, data: tuple[np.ndarray, ...], *, compiles: bool = False) -> Outcome:
+class Row(NamedTuple):
+    """What came of one classifier.
+
+    Attributes:
+      inputs: name of the data, and number of training inputs.
+      error: standard error of `nll`.
+      first: seconds of the first fit, which compiles.
+      fit: of the second one, or of the only one of a classifier that compiles nothing.
+      confidence, right: of the reliability diagram.
+    """
+
+    inputs: str
+    classifier: str
+    accuracy: float
+    nll: float
+    error: float
+    calibration: float
+    first: float | None
+    fit: float
+    predict: float
+    confidence: list[float]
+    right: list[float]
+
+
+def measured(inputs: str, name: str, classifier: Any, data: tuple[np.ndarray, ...]) -> Row:
     x_train, y_train, x_test, y_test = data
 
-    def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    def seconds(function: Callable[[], Any]) -> float:
         start = time.perf_counter()
-        result = function()
-        return time.perf_counter() - start, result
+        function()
+        return time.perf_counter() - start
 
-    def once() -> tuple[float, float, Any]:
-        fit, _ = timed(lambda: classifier.fit(x_train, y_train))
-        return fit, *timed(lambda: classifier.predict_proba(x_test))
+    def once() -> tuple[float, float]:
+        fit = seconds(lambda: classifier.fit(x_train, y_train))
+        return fit, seconds(lambda: classifier.predict_proba(x_test))
 
-    first, predict, p = once()
-    fit = first
-    if compiles:
-        fit, predict, p = once()
-    return Outcome(np.asarray(p, float), y_test, first, fit, predict)
+    first = None
+    if isinstance(classifier, InfiniteNetworkClassifier):
+        first, _ = once()
+    fit, predict = once()
+    p = np.asarray(classifier.predict_proba(x_test), float)
+    errors = nll(p, y_test)
+    return Row(
+        inputs,
+        name,
+        accuracy=float(np.mean(p.argmax(1) == y_test)),
+        nll=float(errors.mean()),
+        error=float(errors.std() / len(errors) ** 0.5),
+        calibration=calibration_error(p, y_test),
+        first=first,
+        fit=fit,
+        predict=predict,
+        confidence=reliability(p, y_test)[1].tolist(),
+        right=reliability(p, y_test)[2].tolist(),
+    )
 
 
-OURS, LEAST_SQUARES = "InfiniteNetworkClassifier", "the same, least squares"
-THEIRS = "GaussianProcessClassifier"
-
-
-def outcomes(data: tuple[np.ndarray, ...]) -> dict[str, Outcome]:
-    ours = InfiniteNetworkClassifier()
-    length = data[0].shape[1] ** 0.5
-    others: dict[str, tuple[Any, bool]] = {
-        OURS: (ours, True),
-        LEAST_SQUARES: (InfiniteNetworkClassifier(inference="least_squares"), True),
-        "temperature-scaled regression": (TemperatureScaled(ours), False),
-        THEIRS: (GaussianProcessClassifier(1.0 * RBF(length)), False),
-        "LogisticRegression": (LogisticRegression(max_iter=1000), False),
+def candidates(n_columns: int) -> dict[str, Any]:
+    categorical = InfiniteNetworkClassifier(inference="categorical")
+    return {
+        "InfiniteNetworkClassifier": InfiniteNetworkClassifier(),
+        "the same, categorical inference": categorical,
+        "temperature-scaled regression": TemperatureScaled(InfiniteNetworkClassifier()),
+        "GaussianProcessClassifier": GaussianProcessClassifier(1.0 * RBF(n_columns**0.5)),
+        "LogisticRegression": LogisticRegression(max_iter=1000),
     }
-    result = {}
-    for name, (classifier, compiles) in others.items():
-        progress(f"{len(data[0])} inputs: {name}")
-        result[name] = measured(classifier, data, compiles=compiles)
-    return result
 
 
 CLASSIFIERS = """\
 Digits: pixels centred, of mean square 1; the other columns standardised. Each classifier is as it
-comes: `InfiniteNetworkClassifier()` chooses three scales by the evidence;
-`GaussianProcessClassifier` has an RBF kernel with a factor, which start at 1 and at the root of the
-number of columns, and its own optimizer; `LogisticRegression` its own penalty. Temperature-scaled
-regression takes the kernel that `InfiniteNetworkClassifier` has chosen (its time not included), and
-noise and temperature from a fifth of the training inputs. NLL: of the test labels, in nats, with
-its standard error. Calibration error: by ten bins of confidence. Fit: with hyperparameters; the
-first one of its shape also compiles. In float32."""
+comes: `InfiniteNetworkClassifier()` chooses its scales by the evidence; `GaussianProcessClassifier`
+has an RBF kernel with a factor, which start at 1 and at the root of the number of columns, and its
+own optimizer; `LogisticRegression` its own penalty. Temperature-scaled regression takes the kernel
+that `InfiniteNetworkClassifier()` chooses, which its time includes, and noise and temperature from
+a fifth of the training inputs. NLL: of the test labels, in nats, with its standard error.
+Calibration error: by ten bins of confidence. Fit: with hyperparameters; the first one of its shape
+also compiles. In float32."""
 
 
 def splits(sizes: tuple[int, ...]) -> Iterable[tuple[str, int, tuple[Any, ...]]]:
@@ -319,39 +340,71 @@ def splits(sizes: tuple[int, ...]) -> Iterable[tuple[str, int, tuple[Any, ...]]]
         yield name, n, (x[:n], labels[:n], x[n:], labels[n:])
 
 
-def classifiers(sizes: tuple[int, ...], figure: Path) -> tuple[str, str]:
-    """The table, and what shows the figure."""
+def saved_rows(path: Path, at: str) -> list[Row]:
+    """Those of an earlier run of the same code on the same machine."""
+    if not path.exists():
+        return []
+    saved = json.loads(path.read_text())
+    if saved["environment"] != at:
+        progress(f"{path} is of other code or another machine: starting anew")
+        return []
+    return [Row(**row) for row in saved["rows"]]
+
+
+def classifiers(sizes: tuple[int, ...], folder: Path) -> tuple[str, str]:
+    """The table, and what shows the figure. Goes on with the rows that a run has saved."""
     jax.config.update("jax_enable_x64", False)
-    rows, of_digits = [], {}
-    for data_set, n, data in splits(sizes):
-        found = outcomes(data)
-        if data_set == "digits":
-            of_digits[n] = found
-        for name, each in found.items():
-            errors = nll(each.probabilities, each.labels)
-            accuracy = np.mean(each.probabilities.argmax(1) == each.labels)
-            row = [f"{data_set}, {n}", name, f"{accuracy:.1%}"]
-            row += [f"{errors.mean():.3f} ± {errors.std() / len(errors) ** 0.5:.3f}"]
-            row += [f"{calibration_error(each.probabilities, each.labels):.3f}"]
-            row += [f"{each.fit:.2f}", f"{each.first:.2f}" if each.first != each.fit else ""]
-            rows.append([*row, f"{each.predict:.2f}"])
-    draw(of_digits, figure)
+    path, at = folder / "inference-classifiers.json", environment(COMMAND, [])
+    rows = saved_rows(path, at)
+    for name, n, data in splits(sizes):
+        inputs = f"{name}, {n}"
+        for classifier, instance in candidates(data[0].shape[1]).items():
+            if any((row.inputs, row.classifier) == (inputs, classifier) for row in rows):
+                continue
+            progress(f"{inputs}: {classifier}")
+            row = measured(inputs, classifier, instance, data)
+            progress(f"    NLL {row.nll:.3f}, fit {row.fit:.2f} s")
+            rows.append(row)
+            content = {"environment": at, "rows": [each._asdict() for each in rows]}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=1) + "\n")
+    draw([f"digits, {n}" for n in sizes], rows, folder / FIGURE)
     header = ["inputs", "classifier", "accuracy", "NLL", "calibration error"]
-    text = table([*header, "fit (s)", "first fit (s)", "predict (s)"], rows)
-    return text, f"![Likelihood by number of training images, and reliability.]({figure.name})"
+    text = table(
+        [*header, "fit (s)", "first fit (s)", "predict (s)"],
+        [
+            [
+                row.inputs,
+                row.classifier,
+                f"{row.accuracy:.1%}",
+                f"{row.nll:.3f} ± {row.error:.3f}",
+                f"{row.calibration:.3f}",
+                f"{row.fit:.2f}",
+                "" if row.first is None else f"{row.first:.2f}",
+                f"{row.predict:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    return text, f"![Likelihood by number of training images, and reliability.]({FIGURE})"
 
 
-def draw(of_digits: dict[int, dict[str, Outcome]], path: Path) -> None:
+def draw(digits: list[str], rows: list[Row], path: Path) -> None:
     """NLL by number of training images, and a reliability diagram at a number in the middle."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    sizes = list(of_digits)
-    shown = sizes[len(sizes) // 2]
-    for name in of_digits[shown]:
-        values = [nll(of_digits[n][name].probabilities, of_digits[n][name].labels) for n in sizes]
-        left.plot(sizes, [each.mean() for each in values], "o-", label=name)
-        outcome = of_digits[shown][name]
-        _, confidence, accuracy = reliability(outcome.probabilities, outcome.labels)
-        right.plot(confidence, accuracy, "o-", label=name)
+    shown = digits[len(digits) // 2]
+    sizes = [int(each.split()[-1]) for each in digits]
+    for name in candidates(1):
+        of_name = {row.inputs: row for row in rows if row.classifier == name}
+        left.errorbar(
+            sizes,
+            [of_name[each].nll for each in digits],
+            [of_name[each].error for each in digits],
+            fmt="o-",
+            capsize=3,
+            label=name,
+        )
+        right.plot(of_name[shown].confidence, of_name[shown].right, "o-")
     left.set(
         xlabel="training images",
         ylabel="negative log-likelihood, nats",
@@ -366,9 +419,8 @@ def draw(of_digits: dict[int, dict[str, Outcome]], path: Path) -> None:
     right.set(
         xlabel="probability of the likeliest class",
         ylabel="how often it is right",
-        title=f"Reliability, {shown} training images",
+        title=f"Reliability, {sizes[len(sizes) // 2]} training images",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     progress(f"saved {path}")
@@ -382,7 +434,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Iterable[str]]] = {
         "classifiers": lambda: (
             CLASSIFIERS,
-            *classifiers((60,) if arguments.quick else (200, 500, 1000), folder / FIGURE),
+            *classifiers((60,) if arguments.quick else (200, 500, 1000), folder),
         ),
         "digits": lambda: (EXPLANATION.format(variance=VARIANCE), digits(sizes)),
         "inducing": lambda: (
