@@ -186,7 +186,9 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes in the order of `classes_`, `(T, C)`."""
-        return np.asarray(class_probabilities(*self.predict_logits(X)))
+        p = np.asarray(class_probabilities(*self.predict_logits(X)))
+        # By rounding one may be above 1, which scikit-learn's metrics refuse.
+        return p / p.sum(axis=1, keepdims=True)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Logarithms of `predict_proba`, `(T, C)`."""
@@ -309,7 +311,8 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         return some, InducingKernels(network.square(some, at), with_all(some).T, variances)
 
     def _blocks(self, x: np.ndarray) -> list[np.ndarray]:
-        return [x[i : i + self.batch_size] for i in range(0, len(x), self.batch_size)]
+        # Of one size, for which kernels are compiled.
+        return np.array_split(x, -(-len(x) // self.batch_size))
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, ConvergenceWarning, stacklevel=3)

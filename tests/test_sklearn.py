@@ -348,6 +348,18 @@ def test_what_has_not_converged_says_so():
     assert classifier.n_iter_ == 1
 
 
+@pytest.mark.quick
+def test_probabilities_are_at_most_1():
+    """Metrics of scikit-learn refuse one that rounding has put above, in float32 too."""
+    x = np.concatenate([X - 5, X, X + 5])
+    labels = np.repeat([0, 1, 2], len(X))
+    with jax.enable_x64(False):
+        p = fixed().fit(x, labels).predict_proba(np.concatenate([x, 10 * x]))
+    assert p.dtype == np.float32
+    assert p.max() == 1
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-6)
+
+
 def exploding(n_classes, W_std):
     """Whose kernel overflows not far from where the search starts."""
     return stax.serial(stax.Dense(8), stax.Relu(), stax.Dense(n_classes, W_std**3000))
