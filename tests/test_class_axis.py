@@ -374,6 +374,21 @@ def test_products_of_matrices_give_what_a_fused_loop_does():
 
 
 @pytest.mark.quick
+def test_chebyshev_polynomials_of_each_backend():
+    x = np.linspace(-1, 1, 41)
+    want = np.cos(np.arange(243)[:, None] * np.arccos(x))
+    slope = np.stack([chebyshev.chebval(0.3, chebyshev.chebder(row)) for row in np.eye(243)])
+    for of_backend in (evaluation._by_recurrence, evaluation._by_doubling):
+        for count in (2, 3, 48, 243):
+            got = of_backend(jnp.asarray(x), count)
+            np.testing.assert_allclose(got, want[:count], atol=1e-12)
+        got, along = jax.jvp(lambda x, form=of_backend: form(x, 243), (0.3,), (1.0,))
+        np.testing.assert_allclose(along, slope, atol=1e-8)
+    # Control: rows that are out by one degree.
+    assert np.max(np.abs(got[1:] - want[:-1, 0])) > 0.1
+
+
+@pytest.mark.quick
 def test_one_table_serves_several_requests():
     x = random.normal(random.key(3), (36, 8)) / 3
     a = jnp.sum(x**2, 1)

@@ -160,13 +160,29 @@ def _prepare(interpolant: Interpolant, is_slope: bool, variance: Array) -> _Inpu
 
 
 def _chebyshev(x: Array, count: int) -> Array:
-    """`T_k(x)`, `(count, *x)`: a loop, since its derivatives unrolled take seconds to compile."""
+    """`T_k(x)`, `(count, *x)`, in the form that suits the backend."""
+    return (_by_recurrence if jax.default_backend() == "cpu" else _by_doubling)(x, count)
+
+
+def _by_recurrence(x: Array, count: int) -> Array:
+    """By a loop over the degrees: unrolled, derivatives would take seconds to compile."""
 
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
         below, here = carry
         return (here, 2 * x * here - below), below
 
     return lax.scan(step, (jnp.ones_like(x), x), length=count)[1]
+
+
+def _by_doubling(x: Array, count: int) -> Array:
+    """By `T_(m+j) = 2 T_m T_j - T_(m-j)`, `j` from 1 to `m`: `log2(count)` steps.
+
+    On a GPU every step of a loop is a launch of its own, of which the recurrence has `count`.
+    """
+    known = jnp.stack([jnp.ones_like(x), x])
+    while (m := len(known) - 1) < count - 1:
+        known = jnp.concatenate([known, 2 * known[m] * known[1:] - known[m - 1 :: -1]])
+    return known[:count]
 
 
 def _quantity(
