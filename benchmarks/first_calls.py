@@ -19,7 +19,7 @@ import numpy as np
 import taylor_softmax
 from benchmarks.report import options, progress, run, table
 from benchmarks.timing import seconds
-from taylor_softmax import monte_carlo, nn, predict, stax
+from taylor_softmax import losses, monte_carlo, nn, predict, stax
 
 COMMAND = "benchmarks.first_calls"
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,10 +74,43 @@ def positions(n: int, size: int = 4) -> tuple[Any, Any, Any]:
     return own1, np.einsum("bid,bjd->bij", *x), own2
 
 
-def layer(of: Any, *shape: int) -> Callable[[], Any]:
-    x = np.random.default_rng(0).standard_normal((*shape, 8)).astype(np.float32)
-    kernel_fn: Any = stax.serial(stax.Dense(N_CLASSES), of, stax.Dense(1))[2]
-    return lambda: kernel_fn(x, None, ("nngp", "ntk"))
+def inputs(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((*shape, 8)).astype(np.float32)
+
+
+def layer(of: Callable[[], Any], *shape: int) -> Callable[[], Any]:
+    """NNGP and NTK. The layer is made when it is asked for: a checkout may not have it."""
+    kernel_fn: Any = stax.serial(stax.Dense(N_CLASSES), of(), stax.Dense(1))[2]
+    return lambda: kernel_fn(inputs(*shape), None, ("nngp", "ntk"))
+
+
+def tokens(of: Callable[[], Any]) -> Call:
+    """Of 4 and 3 inputs of 8 tokens, or positions."""
+    return lambda n: layer(of, n, 8)
+
+
+def attention(**options: Any) -> Callable[[], Any]:
+    return lambda: stax.GlobalSelfAttention(8, 8, 8, 2, linear_scaling=False, **options)
+
+
+def classifier(n: int) -> Callable[[], Any]:
+    """Ten classes of blobs of inputs, through `fit` and `predict_proba`."""
+    from taylor_softmax.sklearn import InfiniteNetworkClassifier
+
+    y = np.arange(n) % N_CLASSES
+    x = inputs(n) + 3 * inputs(N_CLASSES)[y]
+    return lambda: InfiniteNetworkClassifier().fit(x, y).predict_proba(x)
+
+
+def loss_gradient(n: int) -> Callable[[], Any]:
+    y = jnp.eye(N_CLASSES, dtype=jnp.float32)[np.arange(n) % N_CLASSES]
+    gradient = jax.grad(lambda z: jnp.mean(losses.cross_entropy(2)(z, y)))
+    return lambda: gradient(jnp.asarray(points(n)[0]))
+
+
+def chosen(n: int) -> Callable[[], Any]:
+    k, _, _ = digits(n)
+    return lambda: predict.choose_inducing(np.diagonal(k), lambda i: k[i], 20)
 
 
 def variances(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -146,10 +179,25 @@ CALLS: dict[str, tuple[Call, int, int]] = {
         *(10, 7),
     ),
     "nn.taylor_softmax": (lambda n: lambda: nn.taylor_softmax(points(n)[0], 4), 1000, 700),
-    "stax.Softmax": (lambda n: layer(stax.Softmax(), n), 50, 40),
-    "stax.TaylorSoftmax(2)": (lambda n: layer(stax.TaylorSoftmax(2), n), 50, 40),
-    "stax.LogSoftmax": (lambda n: layer(stax.LogSoftmax(), n), 50, 40),
-    "stax.Erf": (lambda n: layer(stax.Erf(), n), 50, 40),
+    "gradient of losses.cross_entropy(2)": (loss_gradient, 1000, 700),
+    "choose_inducing": (chosen, 150, 160),
+    "attention_second_moment": (
+        lambda n: lambda: taylor_softmax.attention_second_moment(*positions(n)),
+        *(4, 3),
+    ),
+    "stax.Softmax()": (lambda n: layer(stax.Softmax, n), 50, 40),
+    "stax.TaylorSoftmax(2)": (lambda n: layer(lambda: stax.TaylorSoftmax(2), n), 50, 40),
+    "stax.LogSoftmax()": (lambda n: layer(stax.LogSoftmax, n), 50, 40),
+    "stax.Softmax(infinite_width=True)": (
+        lambda n: layer(lambda: stax.Softmax(infinite_width=True), n),
+        *(50, 40),
+    ),
+    "stax.Softmax(axis=1), 8 positions": (tokens(lambda: stax.Softmax(axis=1)), 4, 3),
+    "stax.GlobalSelfAttention, 8 tokens": (tokens(attention()), 4, 3),
+    "the same, causal": (tokens(attention(causal=True)), 4, 3),
+    "the same, rotary": (tokens(attention(rotary=1e4)), 4, 3),
+    "stax.Erf()": (lambda n: layer(stax.Erf, n), 50, 40),
+    "InfiniteNetworkClassifier": (classifier, 100, 90),
 }
 
 
@@ -194,7 +242,8 @@ def calls(names: list[str], before: Path | None) -> str:
 EXPLANATION = """\
 Each in a fresh process, float32, without a cache of compiled programs: seconds of the first call,
 of the same call again, and of the first one at another size in the same process. Ten classes; two
-sizes of points, of inputs, or of test inputs; digits of scikit-learn for inference.{before}"""
+sizes of points, of inputs, or of test inputs; digits of scikit-learn for inference. Layers are NNGP
+and NTK behind a `Dense`. A dash: that commit does not have it.{before}"""
 
 
 def main() -> None:
@@ -205,7 +254,7 @@ def main() -> None:
     if arguments.call:
         print(times(arguments.call))
         return
-    names = ["class_probabilities", "stax.Erf"] if arguments.quick else list(CALLS)
+    names = ["class_probabilities", "stax.Erf()"] if arguments.quick else list(CALLS)
     before = ""
     if arguments.before is not None:
         show = ["git", "-C", str(arguments.before), "rev-parse", "--short", "HEAD"]
