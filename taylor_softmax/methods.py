@@ -8,7 +8,7 @@ not apply to an axis raises a `ValueError` that names what does.
 | classes | `Interpolate()`, `Direct()` |
 | positions, order 2 | `Direct()` |
 | positions, other orders and softmax | `QuasiMonteCarlo(n_points, seed, error)`, `Series()` |
-| attention | `QuasiMonteCarlo(n_points, seed)`, at order 2 `Direct()` |
+| attention | `QuasiMonteCarlo(n_points, seed, error)`, at order 2 `Direct()` |
 | infinite width | none: closed forms |
 """
 

@@ -15,6 +15,7 @@ import taylor_softmax
 from oracles import attention as oracle
 from taylor_softmax import stax
 from taylor_softmax._numerics.errors import (
+    ATTENTION_CROSS,
     ATTENTION_NNGP,
     ATTENTION_NTK,
     ATTENTION_ROTARY,
@@ -22,9 +23,8 @@ from taylor_softmax._numerics.errors import (
     ATTENTION_VARYING,
     promised,
 )
-from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._position_axis import attention_terms, rotary
-from taylor_softmax._position_axis.attention_rows import Rows
+from taylor_softmax._position_axis.attention_pair import Kernels
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
 # Bound on |z| of the largest of 256 correlated entries, and of the cases below: 1e-4 by chance.
@@ -39,32 +39,11 @@ def moments(problem, **options):
     )
 
 
-def terms(problem):
-    """The terms of the kernel of a problem, and what they are assembled with."""
-    covs = {name: jnp.asarray(cov)[None] for name, cov in problem.covariances().items()}
-
-    def inputs(keys, present):
-        variances = problem.scale * jnp.diagonal(keys, axis1=1, axis2=2)
-        there = jnp.asarray(present, float)[None]
-        return attention_terms.Inputs(variances, there, keys, there)
-
-    sides = [inputs(covs[f"cov{i}{i}"], problem.present[i - 1]) for i in (1, 2)]
-    cross = attention_terms.Cross(
-        problem.scale * covs["cov12"],
-        covs["cov12"],
-        covs["values12"],
-        problem.scale * covs["ntk12"],
-        covs["ntk12"],
-        covs["values_ntk12"],
-    )
-    mechanism = attention_terms.mechanism(parse(None), None, Rows(), None)
-    request = attention_terms.Request(np.array([0]), np.array([0]), cross, (0, 1))
-    (result,) = attention_terms.evaluate(sides, [request], mechanism)
-    return result, cross
-
-
 def excess(value, mean, stderr, present, tolerance):
-    """Largest error beyond what sampling explains, over what is promised: right below 1."""
+    """Largest error beyond what sampling explains, over what is promised: right below 1.
+
+    Over the largest entry, which is below the scale that promises are relative to.
+    """
     there = np.outer(*present)
     largest = np.max(np.abs(np.asarray(mean)[there]))
     error = np.abs(np.asarray(value) - mean) - LARGEST_Z * np.asarray(stderr)
@@ -181,7 +160,8 @@ def test_queries_of_another_sequence(option, rows):
     truth = oracle.kernels(problem, rows=rows, rotary=option.get("rotary"), n_samples=200_000)
     nngp, ntk = moments(problem, **option)
     assert nngp.shape == ntk.shape == (4, 3)
-    limit = [np.ones(4, bool), np.ones(3, bool)], promised(ATTENTION_ROTARY, 2.0)
+    quantity = ATTENTION_ROTARY if option.get("rotary") else ATTENTION_CROSS
+    limit = [np.ones(4, bool), np.ones(3, bool)], promised(quantity, 2.0)
     assert excess(nngp, truth.nngp, truth.nngp_stderr, *limit) < 1
     assert excess(ntk, truth.ntk, truth.ntk_stderr, *limit) < 1
 
@@ -195,26 +175,30 @@ def test_another_row_of_biases_is_found():
 @pytest.mark.quick
 def test_each_term_of_the_ntk_is_needed():
     problem, truth, _ = sampled("4 tokens")
-    of, cross = terms(problem)
-    parts = {
-        "value and output weights": 2 * of.value,
-        "query and key weights": 2 * cross.queries * of.slope,
-        "values": of.value_ntk,
-        "queries": cross.queries_ntk * of.slope,
-        "keys": cross.queries * of.slope_ntk,
-    }
+    given, nothing = problem.covariances(), np.zeros((4, 4))
+    names = ("ntk12", "queries_ntk12", "values_ntk12")
+
+    def ntk(**options):
+        """It is linear in the NTKs that are passed, all of them here."""
+        own = {**given, "queries_ntk12": given["ntk12"], **options}
+        return taylor_softmax.attention_second_moment(**own, scale=problem.scale)
+
+    total, (nngp, of_weights) = ntk(), ntk(**dict.fromkeys(names, nothing))
+    parts = {"value and output weights": 2 * nngp, "query and key weights": of_weights - 2 * nngp}
+    for name in names:
+        parts[name] = total.ntk - ntk(**{name: nothing}).ntk
+    np.testing.assert_allclose(sum(parts.values()), total.ntk, rtol=1e-9)
     limit = truth.ntk, truth.ntk_stderr, problem.present, promised(ATTENTION_NTK, 1.0)
-    total = functools.reduce(jnp.add, parts.values())
-    assert excess(total[0], *limit) < 1
+    assert excess(total.ntk, *limit) < 1
     for name, part in parts.items():
-        assert excess((total - part)[0], *limit) > 1, name
+        assert excess(total.ntk - part, *limit) > 1, name
 
 
 def test_mean_over_nothing_but_correlation_0_fails():
     problem, truth, _ = sampled("small logits")
-    uncorrelated = terms(problem._replace(scale=1e-12))[0].value
+    uncorrelated = moments(problem._replace(scale=1e-12)).nngp
     limit = truth.nngp, truth.nngp_stderr, problem.present, promised(ATTENTION_NNGP, 0.25)
-    assert excess(uncorrelated[0], *limit) > 1
+    assert excess(uncorrelated, *limit) > 1
 
 
 @pytest.mark.quick(order=2)
@@ -259,7 +243,7 @@ def test_order_2_closed_form_and_points_agree(causal):
 
 
 def identity(sides, requests, mechanism):
-    """The terms of attention whose weights are the logits themselves."""
+    """Kernels of attention whose weights are the logits themselves."""
 
     def of(cross):
         values = cross.keys if cross.values is None else cross.values
@@ -267,16 +251,14 @@ def identity(sides, requests, mechanism):
         def trace(outer, inner):
             return jnp.sum(outer * inner, (1, 2), keepdims=True) * jnp.ones_like(cross.keys)
 
-        value, slope = cross.queries * trace(values, cross.keys), trace(values, cross.keys)
+        nngp, slope = cross.queries * trace(values, cross.keys), trace(values, cross.keys)
+        error = jnp.zeros((len(nngp), 1))
         if cross.keys_ntk is None:
-            return attention_terms.Terms(value)
+            return Kernels(nngp, None, error)
         values_ntk = cross.keys_ntk if cross.values_ntk is None else cross.values_ntk
-        return attention_terms.Terms(
-            value,
-            cross.queries * trace(values_ntk, cross.keys),
-            slope,
-            trace(values, cross.keys_ntk),
-        )
+        ntk = 2 * nngp + cross.queries * trace(values_ntk, cross.keys)
+        ntk += (2 * cross.queries + cross.queries_ntk) * slope
+        return Kernels(nngp, ntk + cross.queries * trace(values, cross.keys_ntk), error)
 
     return [of(request.cross) for request in requests]
 
@@ -350,7 +332,8 @@ def test_apply_is_that_of_neural_tangents(options):
 @pytest.mark.quick
 def test_causal_outputs_don_t_see_what_comes_later():
     x = token_inputs(1, 6, 5, padding=False)
-    init_fn, apply_fn, kernel_fn = attention_layer(causal=True, order=4)
+    method = QuasiMonteCarlo(512)
+    init_fn, apply_fn, kernel_fn = attention_layer(causal=True, order=4, method=method)
     _, params = init_fn(random.key(0), x.shape)
     changed = x.copy()
     changed[:, 4:] += 1.0
@@ -764,8 +747,6 @@ def test_arguments():
         moment(values12=np.eye(2))
     with pytest.raises(ValueError, match=r"Batches must broadcast.*`ntk12` \(3, 3, 3\)"):
         moment(ntk12=np.zeros((3, 3, 3)), present1=np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"`error` of .* does not apply to attention"):
-        moment(method=QuasiMonteCarlo(error=1e-3))
     with pytest.raises(ValueError, match="pass `queries11`, `queries22` too"):
         moment(queries12=cov)
     with pytest.raises(ValueError, match="pass `queries_ntk12`, that of queries, too"):

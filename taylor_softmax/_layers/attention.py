@@ -94,8 +94,8 @@ def GlobalSelfAttention(
       pos_emb_type, pos_emb_p_norm, pos_emb_decay_fn, n_chan_pos_emb, W_pos_emb_std, val_pos_emb:
         positional embeddings, see `neural_tangents.stax.GlobalSelfAttention`.
       batch_axis, channel_axis: of the inputs; all others are positions.
-      method: `taylor_softmax.methods.QuasiMonteCarlo(n_points)`, per pair of inputs; at order 2
-        also `Direct()`. None chooses.
+      method: `taylor_softmax.methods.QuasiMonteCarlo(n_points, seed, error)`; at order 2 also
+        `Direct()`. None chooses.
       causal: each query attends to its own position and those before it. This, `window` and
         `rotary` are for inputs with one spatial axis.
       window: how many keys before and behind its own position a query attends to, an integer for

@@ -12,16 +12,11 @@ from neural_tangents.stax import PositionalEmbedding
 from taylor_softmax._layers.attention_network import Attention
 from taylor_softmax._layers.finite import FiniteClassKernel
 from taylor_softmax._layers.spatial import SpatialLayout
-from taylor_softmax._position_axis.attention_terms import (
-    Cross,
-    Inputs,
-    Mechanism,
-    Request,
-    Terms,
-    assemble,
-)
+from taylor_softmax._position_axis import attention_terms
+from taylor_softmax._position_axis.attention_pair import Cross, Kernels, Mechanism
+from taylor_softmax._position_axis.attention_terms import Inputs, Request
 
-Evaluate = Callable[[Sequence[Inputs], Sequence[Request], Mechanism], list[Terms]]
+Evaluate = Callable[[Sequence[Inputs], Sequence[Request], Mechanism], list[Kernels]]
 
 
 def kernel(of: Attention, queries: Any, memory: Any, evaluate: Evaluate) -> Kernel:
@@ -55,9 +50,11 @@ def kernel(of: Attention, queries: Any, memory: Any, evaluate: Evaluate) -> Kern
     requests = [_request(of, asking, attended, each) for each in pairs]
     out = (of.W_out_std * of.W_value_std) ** 2
     bias = 0.0 if of.b_std is None else of.b_std**2
+    blocks = evaluate(inputs, requests, of.mechanism)
+    attention_terms.warn(blocks, of.mechanism)
     results = [
-        tuple(None if x is None else out * x + bias for x in assemble(terms, request.cross))
-        for terms, request in zip(evaluate(inputs, requests, of.mechanism), requests, strict=True)
+        tuple(None if x is None else out * x + bias for x in (each.nngp, each.ntk))
+        for each in blocks
     ]
     return asking.kernel.replace(is_gaussian=True, **_fields(asking, results))
 

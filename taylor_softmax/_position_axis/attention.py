@@ -16,12 +16,13 @@ By Price's theorem `dF(V)_ab / dQ_ab = G(V; K)_ab`.
 
 All queries of an input see the same keys: their logits differ in scale, `tau_a^2 = Q_aa`, and in
 biases. Two queries of two inputs differ in nothing else but the correlation
-`r_ab = Q_ab / (tau_a tau_b)`. In `r`, `G` is a polynomial to the accuracy wanted, and one set of
-points gives its coefficients for all pairs of queries. With `m = E[y]`,
+`r_ab = Q_ab / (tau_a tau_b)`. In `r`, `G` is a polynomial times a known function to the accuracy
+wanted, and one set of points gives its coefficients for all pairs of queries. With `m = E[y]`,
 
-    F(V)_ab = m_a^T V m'_b + Q_ab sum_k r_ab^k G_k / (k + 1).
+    F(V)_ab = m_a^T V m'_b + Q_ab int_0^1 G(V; K)_ab(t r_ab) dt.
 
-`G` is sampled, rather than `F`, because it is as small as what it is integrated to.
+`G` is sampled, rather than `F`, because it is as small as what it is integrated to. Each scrambling
+of the points gives an estimate, and their spread its error: see `estimate`.
 
 Rotary embeddings (Su et al. 2021, arXiv 2104.09864) turn keys against queries by frequencies
 `base^(-u)`, `u` uniform in `[0, 1]` in the limit of many channels. Keys of queries `a` and `b` then
@@ -41,8 +42,9 @@ from jaxtyping import Array, Float
 from taylor_softmax._numerics.arguments import Validated, as_real, check_entries
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._position_axis import attention_terms
+from taylor_softmax._position_axis.attention_pair import Cross
 from taylor_softmax._position_axis.attention_rows import Rows
-from taylor_softmax._position_axis.attention_terms import Cross, Inputs, Request
+from taylor_softmax._position_axis.attention_terms import Inputs, Request
 from taylor_softmax._position_axis.rotary import check_base
 from taylor_softmax.methods import Method
 
@@ -97,11 +99,13 @@ def attention_second_moment(
     for values and outputs. Covariances may be singular, and positive semi-definite up to rounding.
     Differentiable.
 
-    Errors: `ATTENTION_NNGP` and `ATTENTION_NTK` in `taylor_softmax._numerics.errors` where all
-    `Q_aa` of an input are equal and all queries attend to all keys, `ATTENTION_VARYING` where the
-    `Q_aa` differ by a factor of up to 6, `ATTENTION_ROWS` where queries have rows of biases of
-    their own, and `ATTENTION_ROTARY` with rotary embeddings, and with queries of another sequence;
-    each by the largest variance of the logits (order 2: they are 1e-3 then).
+    Errors, relative to the largest entries of the inputs with themselves: `ATTENTION_NNGP` and
+    `ATTENTION_NTK` in `taylor_softmax._numerics.errors` where all `Q_aa` of an input are equal and
+    all queries attend to all keys, `ATTENTION_VARYING` where the `Q_aa` differ by a factor of up to
+    6, `ATTENTION_ROWS` where queries have rows of biases of their own, `ATTENTION_ROTARY` with
+    rotary embeddings, and `ATTENTION_CROSS` with queries of another sequence; each by the largest
+    variance of the logits (order 2: they are 1e-3 then). Where values are concrete, an estimated
+    error of more than 5e-2 of the NNGP or 0.1 of the NTK warns.
 
     Args:
       cov11, cov12, cov22: `K11`, `(..., S1, S1)`, `K12`, `(..., S1, S2)`, and `K22`.
@@ -124,7 +128,7 @@ def attention_second_moment(
         cross-attention for the numbers of queries and of keys.
       rotary: base of the frequencies of rotary embeddings; None without.
       order: even order of a Taylor softmax in the place of softmax, up to 32; None is softmax.
-      method: `QuasiMonteCarlo(n_points)`, per pair of inputs, the default; `Direct()` at order 2
+      method: `QuasiMonteCarlo(n_points, seed, error)`, the default; `Direct()` at order 2
         without `bias` and `rotary`, which has a closed form: the default unless queries attend to
         keys of their own, where it is slow.
 
@@ -179,10 +183,11 @@ def attention_second_moment(
         covs.get("values_ntk12"),
     )
     each = np.arange(len(queries12))
-    (terms,) = attention_terms.evaluate(inputs, [Request(each, each, cross, (0, 1))], mechanism)
+    (result,) = attention_terms.evaluate(inputs, [Request(each, each, cross, (0, 1))], mechanism)
+    attention_terms.warn([result], mechanism)
     nngp, ntk = (
         None if x is None else x.reshape(*batch, *x.shape[1:]).astype(dtype)
-        for x in attention_terms.assemble(terms, cross)
+        for x in (result.nngp, result.ntk)
     )
     assert nngp is not None
     return AttentionMoments(nngp, ntk)

@@ -1,7 +1,7 @@
-"""What the kernel of attention is made of, for pairs of inputs with rows of biases of any kind.
+"""The kernel of attention for pairs of inputs with rows of biases of any kind.
 
-See `attention` for the formulas. Here are the preparation of each input, the loop over pairs, and
-the polynomials in the correlation of two queries; `trace` samples their coefficients.
+Here are the preparation of each input and the loop over pairs; `attention_pair` has what is
+computed of a pair.
 """
 
 import dataclasses
@@ -12,13 +12,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float
+from jax import Array, lax
 
-from taylor_softmax._numerics.precision import einsum, matmul
+from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import closed_queries, queries, rotary, sampling, trace
+from taylor_softmax._position_axis import (
+    attention_pair,
+    closed_queries,
+    estimate,
+    queries,
+    rotary,
+    sampling,
+    trace,
+)
+from taylor_softmax._position_axis.attention_pair import Cross, Kernels, Mechanism, Prepared
 from taylor_softmax._position_axis.attention_rows import Rows
+from taylor_softmax._position_axis.estimate import Budget, Default
 from taylor_softmax._position_axis.moments import project
 from taylor_softmax.methods import Direct, Method, QuasiMonteCarlo, choose
 
@@ -32,24 +41,9 @@ _MANY_SCALES = 16
 # Numbers in the largest array of a step, on accelerators.
 _CHUNK = 1 << 24
 
-# Points by default, of classes that several queries share, and of queries that are classes, which
-# take longer. There 512 points leave 1.0e-3 and 1.4e-3 at 16 and 32 tokens, variance 1 (measured).
-_SHARED_POINTS, _POINTS_OF_EACH = 1 << 11, 1 << 9
-
-
-@dataclasses.dataclass(frozen=True)
-class Mechanism:
-    """How queries attend.
-
-    Attributes:
-      surrogate: what the softmax normalises.
-      method: how the terms are evaluated.
-      rotary: base of the frequencies of rotary embeddings; None without.
-    """
-
-    surrogate: Surrogate
-    method: Method
-    rotary: float | None = None
+# Of classes that several queries share, and of queries that are classes, which take longer.
+_SHARED = Default(4, 1 << 9, (5e-2, 0.1))
+_OF_EACH = _SHARED._replace(n_points=1 << 7)
 
 
 def mechanism(surrogate: Surrogate, method: Any, rows: Rows, base: float | None) -> Mechanism:
@@ -70,11 +64,6 @@ def mechanism(surrogate: Surrogate, method: Any, rows: Rows, base: float | None)
     if surrogate.has_closed_form and len(applicable) == 1:
         axis += ", and a bias or rotary embeddings"
     chosen = choose(method, *applicable, axis=axis)
-    if isinstance(chosen, QuasiMonteCarlo) and chosen.error is not None:
-        raise ValueError(
-            f"`error` of `{chosen}` does not apply to {axis}: points are drawn for all pairs of "
-            f"queries together. Pass `n_points`, and compare kernels of several `seed`s."
-        )
     return Mechanism(surrogate, chosen, base)
 
 
@@ -95,24 +84,6 @@ class Inputs(NamedTuple):
     keys: Array
     present: Array
     bias: Array | None = None
-
-
-class Cross(NamedTuple):
-    """Covariances between the inputs of each pair, and their NTKs.
-
-    Attributes:
-      queries, keys: `Q`, `(pairs, A1, A2)`, and `K`, `(pairs, T1, T2)`.
-      values: `V`, or None where it is `K`.
-      queries_ntk, keys_ntk: the NTKs, or None where they are not wanted.
-      values_ntk: or None where it is `keys_ntk`.
-    """
-
-    queries: Array
-    keys: Array
-    values: Array | None = None
-    queries_ntk: Array | None = None
-    keys_ntk: Array | None = None
-    values_ntk: Array | None = None
 
 
 @functools.partial(
@@ -136,57 +107,34 @@ class Request:
     sides: tuple[int, int] = (0, 0)
 
 
-class Terms(NamedTuple):
-    """What the kernel is assembled from, `(pairs, A1, A2)`; the last three with NTKs only.
-
-    Attributes:
-      value: `F(V)`.
-      value_ntk: `F(V_ntk)`.
-      slope: `G(V; K)`.
-      slope_ntk: `G(V; K_ntk)`.
-    """
-
-    value: Array
-    value_ntk: Array | None = None
-    slope: Array | None = None
-    slope_ntk: Array | None = None
-
-
-def assemble(terms: Terms, cross: Cross) -> tuple[Array, Array | None]:
-    """NNGP and NTK of attention with weights of variance 1 for values and outputs, and no bias.
-
-    The NTK's terms: those of output and value weights, each `F(V)`; of what values are made of; of
-    query and key weights, each `Q G(V; K)`; of what queries and keys are made of.
-    """
-    if terms.value_ntk is None or terms.slope is None or terms.slope_ntk is None:
-        return terms.value, None
-    assert cross.queries_ntk is not None
-    weights = 2 * terms.value + 2 * cross.queries * terms.slope
-    inputs = terms.value_ntk + cross.queries_ntk * terms.slope + cross.queries * terms.slope_ntk
-    return terms.value, weights + inputs
+def warn(results: Sequence[Kernels], of: Mechanism) -> None:
+    """Says so where an error is missed; see `estimate.warn`."""
+    errors = [each.error for each in results]
+    estimate.warn(errors, of.method, "Attention", default=_SHARED)
 
 
 @functools.partial(jax.jit, static_argnames="mechanism")
 def evaluate(
     sides: Sequence[Inputs], requests: Sequence[Request], mechanism: Mechanism
-) -> list[Terms]:
-    """The terms of each request."""
+) -> list[Kernels]:
+    """The kernels of each request."""
     sides, requests = list(sides), list(requests)
     biases = [side.bias for side in sides]
     if biases[0] is not None:
 
-        def of_share(bias: list[Array]) -> list[Terms]:
-            return _evaluate(sides, requests, mechanism, [queries.of_each(rows) for rows in bias])
+        def of_share(bias: list[Array]) -> list[Kernels]:
+            each = [queries.of_each(rows) for rows in bias]
+            return _evaluate(sides, requests, mechanism, each, _OF_EACH)
 
         return _mean_over_shares(of_share, biases)
     equal = jnp.all(jnp.stack([_have_equal_scales(side) for side in sides]))
     many = max(side.variances.shape[1] for side in sides) > _MANY_SCALES
-    unequal = queries.of_scales if many else queries.of_each(None)
 
-    def of(classify: queries.Classify) -> Callable[[], list[Terms]]:
-        return lambda: _evaluate(sides, requests, mechanism, [classify] * len(sides))
+    def of(classify: queries.Classify, default: Default) -> Callable[[], list[Kernels]]:
+        return lambda: _evaluate(sides, requests, mechanism, [classify] * len(sides), default)
 
-    return lax.cond(equal, of(queries.one_for_all), of(unequal))
+    unequal = of(queries.of_scales, _SHARED) if many else of(queries.of_each(None), _OF_EACH)
+    return lax.cond(equal, of(queries.one_for_all, _SHARED), unequal)
 
 
 def _have_equal_scales(side: Inputs) -> Array:
@@ -212,205 +160,100 @@ def _mean_over_shares(of: Callable[[Any], Any], biases: Any) -> Any:
     return jax.tree.map(lambda x: x / n, total)
 
 
-class _Prepared(NamedTuple):
-    """What pairs need of an input; `C` is 1 where all queries are alike.
-
-    Attributes:
-      scales: `tau_a` of each query.
-      weights: of the classes for each query; None where queries are classes, or alike.
-      present: 1 where there is a key.
-      means: `E[y]` of each query.
-      logits: in `C` classes.
-    """
-
-    scales: Float[Array, "*n A"]
-    weights: Float[Array, "*n A C"] | None
-    present: Float[Array, "*n T"]
-    means: Float[Array, "*n C T"]
-    logits: "trace.QueryLogits | closed_queries.ClosedLogits"
-
-
 def _evaluate(
     sides: list[Inputs],
     requests: list[Request],
     mechanism: Mechanism,
     classify: list[queries.Classify],
-) -> list[Terms]:
-    prepared = []
-    for side, of in zip(sides, classify, strict=True):
-        prepare = functools.partial(_prepare, mechanism=mechanism, classify=of)
-        prepared.append(lax.map(jax.checkpoint(prepare), side._replace(bias=None)))
+    default: Default,
+) -> list[Kernels]:
+    budget = None
+    if isinstance(mechanism.method, QuasiMonteCarlo):
+        budget = Budget.of(mechanism.method, default=default)
+    prepared = [
+        _prepare_all(side, mechanism, of, budget) for side, of in zip(sides, classify, strict=True)
+    ]
     return [
-        _map_pairs(prepared[request.sides[0]], prepared[request.sides[1]], request, mechanism)
+        _map_pairs(
+            prepared[request.sides[0]], prepared[request.sides[1]], request, mechanism, budget
+        )
         for request in requests
     ]
 
 
-def _prepare(one: Inputs, *, mechanism: Mechanism, classify: queries.Classify) -> _Prepared:
+def _prepare_all(
+    side: Inputs, mechanism: Mechanism, classify: queries.Classify, budget: Budget | None
+) -> Prepared:
+    keys = side.keys
+    # Outside the loop over inputs, in which they would be laid out once an input.
+    points = None if budget is None else trace.mean_points(budget, keys.shape[-1], keys.dtype)
+
+    def prepare(one: Inputs) -> Prepared:
+        return _prepare(one, mechanism, classify, points)
+
+    return lax.map(jax.checkpoint(prepare), side._replace(bias=None))
+
+
+def _prepare(
+    one: Inputs, mechanism: Mechanism, classify: queries.Classify, points: Array | None
+) -> Prepared:
     present, surrogate = one.present, mechanism.surrogate
-    keys = one.keys
+    keys = own = one.keys * present[:, None] * present
     if mechanism.rotary is not None:
         table = rotary.correlations(mechanism.rotary, len(keys), keys.dtype)
-        keys = keys * table[np.abs(_differences(*keys.shape))]
-    noise = sampling.rounding(keys * present[:, None] * present)
-    keys = project(keys, present, present, surrogate)
+        keys = keys * table[np.abs(np.subtract.outer(*(np.arange(len(keys)),) * 2))]
+    noise = sampling.rounding(keys)
+    keys, seen = (project(x, present, present, surrogate) for x in (keys, own))
     variance = jnp.trace(keys) / jnp.maximum(jnp.sum(present), 1)
     row = jnp.where(present > 0, 0.0, -jnp.inf).astype(keys.dtype)
     classes = classify(one.variances, one.asked, variance, row)
-    if isinstance(mechanism.method, QuasiMonteCarlo):
-        seed = mechanism.method.seed
-        logits = trace.query_logits(keys, noise, classes.scales, classes.bias, surrogate, seed=seed)
-        means = logits.mean
-    else:
+    scales = None
+    if points is None:
         logits, means = closed_queries.closed_logits(keys, classes)
+    else:
+        logits = trace.query_logits(keys, noise, classes.scales, classes.bias, surrogate, points)
+        means = logits.mean
+        value, slope = trace.own_scales(logits, own, seen, keys, surrogate, points[0])
+        largest = jnp.max(classes.scales) ** 2
+        scales = attention_pair.Scales(
+            value=jnp.max(value),
+            slope=jnp.max(slope),
+            size=jnp.sqrt(jnp.sum(own**2)),
+            centred=jnp.sqrt(jnp.sum(seen**2)),
+            queries=largest,
+            variance=largest * jnp.max(jnp.diagonal(keys)),
+        )
+        scales = jax.tree.map(lax.stop_gradient, scales)
     if classes.weights is not None:
         means = matmul(classes.weights, means)
-    return _Prepared(queries.safe_sqrt(one.variances), classes.weights, present, means, logits)
+    tau = queries.safe_sqrt(one.variances)
+    spread = variance if surrogate.is_shift_invariant else jnp.zeros_like(variance)
+    return Prepared(tau, classes.weights, spread, present, means, logits, scales)
 
 
-def _differences(rows: int, columns: int) -> np.ndarray:
-    """`a - b` for each row `a` and column `b`."""
-    return np.subtract.outer(np.arange(rows), np.arange(columns))
+def _map_pairs(
+    one: Prepared, two: Prepared, request: Request, mechanism: Mechanism, budget: Budget | None
+) -> Kernels:
+    cross = request.cross
+    if not len(request.first):
+        nothing = jnp.zeros_like(cross.queries)
+        has_ntk = cross.keys_ntk is not None
+        return Kernels(nothing, nothing if has_ntk else None, jnp.zeros((0, 1 + has_ntk)))
+    points = None
+    if budget is not None:
+        dimension = cross.keys.shape[1] + 2 * cross.keys.shape[2]
+        points = budget.scramblings(dimension, cross.keys.dtype)
 
-
-def _n_classes(one: _Prepared, two: _Prepared) -> int:
-    return max(x.logits.scales.shape[-1] for x in (one, two))
-
-
-def _n_points(method: QuasiMonteCarlo, one: _Prepared, two: _Prepared) -> int:
-    """The points of a pair of inputs."""
-    if method.n_points is not None:
-        return method.n_points
-    shared = one.weights is not None or _n_classes(one, two) == 1
-    return _SHARED_POINTS if shared else _POINTS_OF_EACH
-
-
-def _map_pairs(one: _Prepared, two: _Prepared, request: Request, mechanism: Mechanism) -> Terms:
-    def pair(of: tuple[Array, Array, Cross]) -> Terms:
+    def pair(of: tuple[Array, Array, Cross]) -> Kernels:
         i, j, cross = of
         left, right = (jax.tree.map(lambda x, k=k: x[k], of) for of, k in ((one, i), (two, j)))
-        return _pair(left, right, cross, mechanism)
+        return attention_pair.kernels(mechanism, budget, left, right, cross, points)
 
-    if not len(request.first):
-        nothing = jnp.zeros_like(request.cross.queries)
-        return Terms(*(nothing,) * (1 if request.cross.keys_ntk is None else 4))
     # Processors take one pair after the other: what a pair needs fits their caches.
     step = None
     if jax.default_backend() != "cpu":
-        method, size = mechanism.method, one.present.shape[1]
-        n_classes = _n_classes(one, two)
-        points = _n_points(method, one, two) if isinstance(method, QuasiMonteCarlo) else size
-        step = max(1, _CHUNK // (points * 4 * n_classes * max(n_classes, size)))
-    pairs = jnp.asarray(request.first), jnp.asarray(request.second), request.cross
+        size, n_classes = one.present.shape[1], attention_pair.n_classes(one, two)
+        n_points = size if budget is None else budget.n_points
+        step = max(1, _CHUNK // (n_points * 4 * n_classes * max(n_classes, size)))
+    pairs = jnp.asarray(request.first), jnp.asarray(request.second), cross
     return lax.map(jax.checkpoint(pair), pairs, batch_size=step)
-
-
-def _pair(one: _Prepared, two: _Prepared, cross: Cross, mechanism: Mechanism) -> Terms:
-    values = [cross.keys if cross.values is None else cross.values]
-    if cross.keys_ntk is not None:
-        values.append(cross.keys_ntk if cross.values_ntk is None else cross.values_ntk)
-    if mechanism.rotary is None:
-        coefficients = _coefficients(one, two, cross, values, mechanism)
-    else:
-        coefficients = _rotated_coefficients(one, two, cross, values, mechanism)
-    correlation = jnp.clip(cross.queries / (one.scales[:, None] * two.scales), -1, 1)
-
-    def value(form: int, of: Array) -> Array:
-        """`F`, integrated from correlation 0 on."""
-        powers = jnp.arange(1, coefficients.shape[1] + 1, dtype=coefficients.dtype)
-        divided = coefficients[form] / powers[:, None, None]
-        integral = cross.queries * _polynomial(divided, correlation)
-        return matmul(matmul(one.means, of), two.means.T) + integral
-
-    if cross.keys_ntk is None:
-        return Terms(value(0, values[0]))
-    return Terms(
-        value(0, values[0]),
-        value(len(coefficients) - 1, values[1]),
-        _polynomial(coefficients[0], correlation),
-        _polynomial(coefficients[1], correlation),
-    )
-
-
-def _coefficients(
-    one: _Prepared,
-    two: _Prepared,
-    cross: Cross,
-    values: list[Array],
-    mechanism: Mechanism,
-    *,
-    aligned: bool = False,
-) -> Float[Array, "forms powers A1 A2"]:
-    """Of `G(V; K)`, `G(V; K_ntk)` and `G(V_ntk; K)`, as polynomials in the correlation.
-
-    The last one is left out where it is the one before. Axes of queries are of length 1 where all
-    are alike.
-
-    Args:
-      aligned: see `trace.coefficients`.
-    """
-    surrogate = mechanism.surrogate
-
-    def centred(cov: Array) -> Array:
-        return project(cov, one.present, two.present, surrogate)
-
-    keys, forms = [cross.keys], [(0, 0)]
-    if cross.keys_ntk is not None:
-        keys.append(cross.keys_ntk)
-        # The Jacobian of softmax is symmetric, and so is `G` in its two matrices.
-        shared = cross.values is None and cross.values_ntk is None
-        shared = shared and mechanism.rotary is None and surrogate.is_shift_invariant
-        forms += [(0, 1)] if shared else [(0, 1), (1, 0)]
-    inner, outer = [centred(x) for x in keys], [centred(x) for x in values]
-    of_pair: tuple[Any, ...] = one.logits, two.logits, inner[0], outer, inner, forms
-    if isinstance(mechanism.method, QuasiMonteCarlo):
-        coefficients = trace.coefficients(
-            *of_pair,
-            aligned=aligned or _n_classes(one, two) == 1,
-            surrogate=surrogate,
-            n_points=_n_points(mechanism.method, one, two),
-            seed=mechanism.method.seed,
-        )
-    else:
-        coefficients = closed_queries.coefficients(*of_pair)
-    if one.weights is None or two.weights is None:
-        return coefficients
-    return einsum("ai,fkij,bj->fkab", one.weights, coefficients, two.weights)
-
-
-def _rotated_coefficients(
-    one: _Prepared, two: _Prepared, cross: Cross, values: list[Array], mechanism: Mechanism
-) -> Float[Array, "forms powers A1 A2"]:
-    """`_coefficients` where keys covary as the distance `a - b` of the queries has it.
-
-    Every distance is a covariance of keys of its own, and serves the queries that far apart.
-    """
-    assert mechanism.rotary is not None
-    distances, apart = _differences(*cross.queries.shape), _differences(*cross.keys.shape)
-    largest = int(np.max(np.abs(distances)) + np.max(np.abs(apart)))
-    table = rotary.correlations(mechanism.rotary, largest + 1, cross.keys.dtype)
-    aligned = one.weights is None and _n_classes(one, two) > 1
-
-    def at(distance: Array) -> Array:
-        rho = table[jnp.abs(jnp.asarray(apart) - distance)]
-        ntk = None if cross.keys_ntk is None else rho * cross.keys_ntk
-        rotated = cross._replace(keys=rho * cross.keys, keys_ntk=ntk)
-        left = one
-        if aligned:
-            assert isinstance(one.logits, trace.QueryLogits)
-            index = jnp.clip(jnp.arange(distances.shape[1]) + distance, 0, len(distances) - 1)
-            left = one._replace(logits=one.logits.take(index))
-        return _coefficients(left, two, rotated, values, mechanism, aligned=aligned)
-
-    def add(total: Array, distance: Array) -> tuple[Array, None]:
-        return jnp.where(jnp.asarray(distances) == distance, at(distance), total), None
-
-    each = jnp.arange(np.min(distances), np.max(distances) + 1)
-    shape = jax.eval_shape(at, each[0]).shape[:2]
-    start = jnp.zeros((*shape, *distances.shape), cross.keys.dtype)
-    total, _ = lax.scan(jax.checkpoint(add), start, each)
-    return total
-
-
-def _polynomial(coefficients: Array, x: Array) -> Array:
-    return functools.reduce(lambda total, c: total * x + c, coefficients[::-1])

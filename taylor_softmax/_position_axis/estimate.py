@@ -10,7 +10,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,6 @@ from taylor_softmax._numerics.statistics import Running, none_yet
 from taylor_softmax._position_axis import sampling
 from taylor_softmax._position_axis.components import Components
 from taylor_softmax.methods import QuasiMonteCarlo
-
-# Points of a scrambling at most, and how many scramblings there are by default.
-_POINTS, _SCRAMBLINGS = 1 << 10, 8
 
 # As many times the default number of points are drawn at most where an error is asked for.
 _MORE = 8
@@ -43,8 +40,22 @@ _LEVEL = 0.9545
 # share of a power of it, at least three.
 _ALL_FROM, _LEAST_SHARE, _POWER, _LEAST = 16, 8, 0.75, 3
 
-# Estimated errors of NNGP and NTK beyond which the default warns.
-_WARN = (2e-2, 6e-2)
+
+class Default(NamedTuple):
+    """What is drawn where neither a number of points nor an error is named.
+
+    Attributes:
+      n_scramblings: how many, for pairs that need all of them.
+      n_points: of each, at most.
+      limits: estimated errors of NNGP and NTK beyond which it warns.
+    """
+
+    n_scramblings: int
+    n_points: int
+    limits: tuple[float, float]
+
+
+POSITIONS = Default(8, 1 << 10, (2e-2, 6e-2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +77,28 @@ class Budget:
     by_need: bool
 
     @classmethod
-    def of(cls, method: QuasiMonteCarlo, size: int = _ALL_FROM) -> "Budget":
+    def of(
+        cls, method: QuasiMonteCarlo, size: int = _ALL_FROM, default: Default = POSITIONS
+    ) -> "Budget":
         """Of pairs of inputs of up to `size` positions."""
         total = method.n_points
         if total is None:
-            total = _POINTS * _SCRAMBLINGS * (1 if method.error is None else _MORE)
+            total = default.n_scramblings * default.n_points
+            total *= 1 if method.error is None else _MORE
         # A power of two is what balances them.
-        each = min(_POINTS, 1 << max(0, (total // _SCRAMBLINGS).bit_length() - 1))
+        each = min(default.n_points, 1 << max(0, (total // default.n_scramblings).bit_length() - 1))
         by_need = method.n_points is None and method.error is None
         if by_need and size < _ALL_FROM:
             share = 1 << (_ALL_FROM // size).bit_length() - 1
             each //= min(share, _LEAST_SHARE)
-            total = each * _SCRAMBLINGS
+            total = each * default.n_scramblings
         return cls(each, total // each, method.seed, method.error, by_need)
+
+    def scramblings(self, dimension: int, dtype: Any) -> Float[Array, "k dims points"]:
+        """The points of all pairs."""
+        return sampling.scramblings(
+            self.n_scramblings, self.n_points, dimension, dtype, sampling.PAIRS, self.seed
+        )
 
     def points(self, sizes: Sequence[int], dtype: Any) -> Float[Array, "k blocks dims points"]:
         """Those of all pairs of `S` and `T` positions, in blocks, `S + 2 T` dimensions.
@@ -90,9 +110,7 @@ class Budget:
         if jax.default_backend() != "cpu":
             at_once = self.n_points
         dimension = sizes[0] + 2 * sizes[1]
-        points = sampling.scramblings(
-            self.n_scramblings, self.n_points, dimension, dtype, sampling.PAIRS, self.seed
-        )
+        points = self.scramblings(dimension, dtype)
         blocks = points.reshape(self.n_scramblings, dimension, -1, at_once)
         return jnp.moveaxis(blocks, 2, 1)
 
@@ -109,19 +127,22 @@ class Budget:
 
 
 def average(
-    sample: Callable[[Array], Float[Array, "*shape"]],
-    points: Float[Array, "k blocks dims points"],
+    sample: Callable[[Any], Float[Array, "*shape"]],
+    points: Any,
     limit: Array | int,
     reached: Callable[[Running], Array] | None,
 ) -> Running:
     """Mean and spread of `sample` over as many of the scramblings `points` as it takes.
 
+    Not differentiable in reverse mode: see `mean_of_first`.
+
     Args:
-      sample: an unbiased estimate from one scrambling, `(blocks, dims, points)`.
+      sample: an unbiased estimate from one scrambling.
+      points: a tree of arrays, whose first axis is that of scramblings.
       limit: at most so many.
       reached: whether those so far are enough. None: there are as many as the limit.
     """
-    like = jax.eval_shape(sample, points[0])
+    like = jax.eval_shape(sample, _scrambling(points, 0))
     start = none_yet(jnp.zeros(like.shape, like.dtype))
 
     def more(state: Running) -> Array:
@@ -131,10 +152,34 @@ def average(
         return left & ((state.n < _FEWEST) | ~reached(state))
 
     def draw(state: Running) -> Running:
-        of = lax.dynamic_index_in_dim(points, state.n.astype(int), keepdims=False)
-        return state.add(sample(of)[None])
+        return state.add(sample(_scrambling(points, state.n.astype(int)))[None])
 
     return lax.while_loop(more, draw, start)
+
+
+def mean_of_first(
+    sample: Callable[[Any], Float[Array, "*shape"]], points: Any, n: Array
+) -> Float[Array, "*shape"]:
+    """Mean of `sample` over the first `n` of the scramblings `points`.
+
+    Differentiable in both modes; nothing of a scrambling is kept for the backward pass.
+    """
+    like = jax.eval_shape(sample, _scrambling(points, 0))
+
+    @jax.checkpoint
+    def add(total: Array, of: tuple[Any, Array]) -> tuple[Array, None]:
+        scrambling, k = of
+        nothing = jnp.zeros(like.shape, like.dtype)
+        return total + lax.cond(k < n, sample, lambda _: nothing, scrambling), None
+
+    count = len(jax.tree.leaves(points)[0])
+    index = jnp.arange(count, dtype=n.dtype)
+    total, _ = lax.scan(add, jnp.zeros(like.shape, like.dtype), (points, index))
+    return total / n
+
+
+def _scrambling(points: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), points)
 
 
 def relative_error(
@@ -162,7 +207,7 @@ def units(one: Components, two: Components, theta: Array | None) -> Float[Array,
     return jnp.stack([of_value, of_slope * jnp.sqrt(jnp.sum(theta**2))])
 
 
-def warn(errors: Sequence[Array], method: Any, what: str) -> None:
+def warn(errors: Sequence[Array], method: Any, what: str, *, default: Default = POSITIONS) -> None:
     """Says so where estimates miss the error that was asked for, or that the default stands for.
 
     Args:
@@ -177,7 +222,7 @@ def warn(errors: Sequence[Array], method: Any, what: str) -> None:
         return
     if any(isinstance(each, Tracer) for each in errors):
         return
-    limits = _WARN if method.error is None else (method.error,) * 2
+    limits = default.limits if method.error is None else (method.error,) * 2
     found = [
         (float(np.max(column)), limit, name)
         for each in errors
@@ -187,7 +232,7 @@ def warn(errors: Sequence[Array], method: Any, what: str) -> None:
     error, limit, name = max(found, key=lambda x: x[0] / x[1], default=(0.0, 1.0, ""))
     if not error > limit:
         return
-    budget = Budget.of(method)
+    budget = Budget.of(method, default=default)
     drawn = budget.n_points * budget.n_scramblings
     needed = 1 << math.ceil(math.log2(drawn * max(1.0, (error / limit) ** 2)))
     missed = "" if method.error is None else f" `error={method.error:g}` is not reached."

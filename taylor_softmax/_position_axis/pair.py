@@ -246,17 +246,8 @@ def _slopes(
             slope = slope + product(at_two, v, left, changes.cov22, theta.T).T / 2
         return jnp.stack([moment, slope])
 
-    # Nothing of a block is kept for the backward pass.
-    @jax.checkpoint
-    def add(total: Array, of: tuple[Array, Array]) -> tuple[Array, None]:
-        z, k = of
-        return total + lax.cond(k < n, block, lambda z: jnp.zeros_like(total), z), None
-
-    n_scramblings, n_blocks, *shape = points.shape
-    index = jnp.repeat(jnp.arange(n_scramblings, dtype=n.dtype), n_blocks)
-    start = jnp.zeros((1 if theta is None else 2, *cov12.shape), cov12.dtype)
-    total, _ = lax.scan(add, start, (points.reshape(-1, *shape), index))
-    return total / (n * n_blocks)
+    blocks = points.reshape(-1, *points.shape[2:])
+    return estimate.mean_of_first(block, blocks, n * points.shape[1])
 
 
 def _missed(one: Components, two: Components, left: Array, right: Array, inner: Array) -> Array:

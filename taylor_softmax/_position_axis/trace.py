@@ -12,9 +12,14 @@ Averaged over the points, the first three terms are one product of matrices for 
 queries; the last one takes two products at each point.
 
 `(xi, xi')` and `(-xi, -xi')` have one distribution, whatever the biases are, so that points and
-their negatives at both inputs give `r` and `-r` at once: the even and the odd part of `G`, each a
-polynomial of few terms through its values at `_NODES`. At `r = 0` it is known,
+their negatives at both inputs give `r` and `-r` at once: the even and the odd part of `G`. Both are
+polynomials of few terms through their values at nodes, times `h(r) = (1 - k r^2)^(-1/2)`, where `k`
+goes from 0 to 1 as the variance of the logits grows: a softmax of large logits takes the largest
+one, and its derivatives grow like that as `r` goes to 1. At `r = 0` it is known,
 `tr(V^T B_a C B'_b^T)` with `B = E[J]`, and what the sample means of `J` miss of `B` is taken off.
+
+Means of inputs come in groups. Each scrambling of the points of a pair takes a group of its own, so
+that the spread of scramblings tells the errors of both.
 """
 
 import math
@@ -25,18 +30,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis import sampling
+from taylor_softmax._position_axis.estimate import Budget
 
-# Points, beside their negatives, of an input's mean Jacobians, whose errors enter at first order.
-_MEAN_POINTS = 1 << 14
+# Points, beside their negatives, of an input's means, whose errors enter at first order; as many
+# times those of a pair where these are more; and those that give the scales of errors.
+_MEAN_POINTS, _MORE_OF_MEANS, _SCALE_POINTS = 1 << 14, 4, 1 << 9
 
-# Correlations at which `G` is sampled. A third one changes nothing that 1,024 points would show, up
-# to logit variance 4; without the second the error is 5 to 10 times as large from variance 1 on.
-_NODES = (1.0, 0.6)
+# Groups of them at most.
+_GROUPS = 8
+
+# Correlations at which `G` is sampled. Without the second the error is 5 to 10 times as large from
+# variance 1 on. Where an error is asked for, polynomials must not be off by more than points are:
+# see `steepness`.
+NODES, NODES_OF_ERROR = (1.0, 0.6), (1.0, 0.6, 0.9)
+
+# Variance of the logits at which `k` is a half. With `k` and two or three nodes, and with `k = 0`
+# and two, `G` is off by 2e-4, 2e-5, 3e-4 of its value at 1 at variance 1, by 1e-3, 5e-4, 1e-2 at 4,
+# by 3e-2, 1e-2, 0.1 at 20 and by 6e-2, 4e-2, 0.4 at 100; its integral by about half of that
+# (16 keys). With 2 and 8 in the place of 4 it is off by more at variances 1 to 4 or from 20 on.
+_STEEP = 4.0
 
 # Numbers in an array of a block of points on a CPU, whose caches it has to fit.
 _BLOCK = 1 << 17
@@ -49,19 +66,28 @@ class QueryLogits(NamedTuple):
       root: of the covariance of the `xi`.
       scales: `tau`.
       bias: `beta`, `-inf` for keys that a query does not attend to.
-      mean: `E[y]`.
-      slope: `E[J]`.
+      mean: `E[y]`, of each group.
+      slope: `E[J]`, of each group.
     """
 
     root: sampling.Root
     scales: Float[Array, "*n C"]
     bias: Float[Array, "*n C T"]
-    mean: Float[Array, "*n C T"]
-    slope: Float[Array, "*n C T T"]
+    mean: Float[Array, "*n G C T"]
+    slope: Float[Array, "*n G C T T"]
 
     def take(self, index: Array) -> "QueryLogits":
         """The logits of the queries `index`."""
-        return QueryLogits(self.root, *(x[index] for x in self[1:]))
+        means, slopes = self.mean[:, index], self.slope[:, index]
+        return QueryLogits(self.root, self.scales[index], self.bias[index], means, slopes)
+
+
+def mean_points(budget: Budget, size: int, dtype: Any) -> Float[Array, "G T points"]:
+    """Points for the means of all inputs of `size` keys, in groups."""
+    groups = min(budget.n_scramblings, _GROUPS)
+    total = max(_MEAN_POINTS, _MORE_OF_MEANS * budget.n_points * budget.n_scramblings)
+    each = 1 << (total // groups - 1).bit_length()
+    return sampling.scramblings(groups, each, size, dtype, sampling.COMPONENTS, budget.seed)
 
 
 def query_logits(
@@ -70,59 +96,116 @@ def query_logits(
     scales: Float[Array, " C"],
     bias: Float[Array, "C T"],
     surrogate: Surrogate,
-    *,
-    seed: int,
+    points: Float[Array, "G T points"],
 ) -> QueryLogits:
     """The logits of one input with `covariance` right to rounding errors of size `noise`."""
     root = sampling.psd_root(covariance, noise)
-    n_points, size = _MEAN_POINTS, len(covariance)
-    z = sampling.normal_points(n_points, size, root.root.dtype, sampling.COMPONENTS, seed=seed)
 
     def block(z: Array) -> tuple[Array, Array]:
         y, q = _outputs(matmul(z.T, root.root.T), scales, bias, surrogate, "sanp")
         return jnp.sum(y, (0, 2)), _sum_of_jacobians(y, q, "sanp")
 
-    mean, slope = _sum_over_blocks(block, z, 2 * bias.size)
-    return QueryLogits(root, scales, bias, mean / (2 * n_points), slope / (2 * n_points))
+    def group(z: Array) -> tuple[Array, Array]:
+        total = _sum_over_blocks(block, z, 2 * bias.size)
+        return jax.tree.map(lambda x: x / (2 * z.shape[1]), total)
+
+    mean, slope = lax.map(group, points)
+    return QueryLogits(root, scales, bias, mean, slope)
 
 
-def coefficients(
+def own_scales(
+    of: QueryLogits, values: Array, outer: Array, inner: Array, surrogate: Surrogate, points: Array
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """`E[y_a^T V y_a]` and `tau_a^2 E[tr(V^T J_a C J_a^T)]`, of one input with itself.
+
+    Args:
+      values: `V`.
+      outer, inner: `V` and `C` in the trace.
+      points: of one group.
+    """
+    pairing = _Aligned([outer], [inner], [(0, 0)])
+    z = matmul(of.root.root, points[:, :_SCALE_POINTS])
+    y, q = pairing.outputs(z, of, surrogate)
+    value = jnp.mean(jnp.sum(y * pairing.times(values, y), 0), (0, 2))
+    even, odd = pairing.traces(y, q, y, q)
+    return value, of.scales**2 * (even + odd)[0] / z.shape[1]
+
+
+class Keys(NamedTuple):
+    """How the keys of two inputs go together.
+
+    Attributes:
+      matrices: the `C`, of which the first is `K12`.
+      slope, rest: `A` and `Q` of `sampling.correlate`.
+    """
+
+    matrices: list[Float[Array, "*n T1 T2"]]
+    slope: Float[Array, "*n T1 T2"]
+    rest: Float[Array, "*n T2 T2"]
+
+
+def correlated(one: QueryLogits, two: QueryLogits, matrices: list[Array]) -> Keys:
+    """The keys of two inputs."""
+    slope, rest, _ = sampling.correlate(one.root, two.root, matrices[0])
+    return Keys(matrices, slope, rest)
+
+
+class Scrambling(NamedTuple):
+    """One of the sets of points of a pair, in `T1 + 2 T2` dimensions, or all of them.
+
+    Attributes:
+      group: whose means of inputs go with it.
+    """
+
+    points: Float[Array, "*k dims points"]
+    group: Int[Array, "*k"]
+
+
+class Samples(NamedTuple):
+    """Means over the points of one scrambling, from which coefficients are made.
+
+    Attributes:
+      known: `G` at `r = 0`, of each form.
+      slopes: even and odd part of `G` less that, at each node, of each form.
+    """
+
+    known: Float[Array, "forms C D"]
+    slopes: Float[Array, "nodes 2 forms C D"]
+
+
+def samples(
     one: QueryLogits,
     two: QueryLogits,
-    cross: Float[Array, "T1 T2"],
+    keys: Keys,
     values: list[Array],
-    keys: list[Array],
     forms: list[tuple[int, int]],
+    scrambling: Scrambling,
     *,
     aligned: bool,
     surrogate: Surrogate,
-    n_points: int,
-    seed: int,
-) -> Float[Array, "forms powers C D"]:
-    """Coefficients of `r^0, r^1, ...` in `G(values[i]; keys[j])` for each of the `forms` `(i, j)`.
+    nodes: tuple[float, ...],
+) -> Samples:
+    """Of `G(values[i]; keys.matrices[j])` for each of the `forms` `(i, j)`.
 
     Args:
       one, two: the logits, of `C` and `D` queries.
-      cross: `K12`.
-      values, keys: `V` and `C`, each `(T1, T2)`.
+      values: `V`, each `(T1, T2)`.
       aligned: of each query of `one` with the one at the same place in `two`, `(..., 1, D)`,
         rather than of all pairs.
+      nodes: values of `r`.
     """
-    size1, size2 = cross.shape
-    slope, rest, _ = sampling.correlate(one.root, two.root, cross)
-    dimension = size1 + 2 * size2
-    z = sampling.normal_points(n_points, dimension, cross.dtype, sampling.PAIRS, seed=seed)
-    pairing = (_Aligned if aligned else _AllPairs)(values, keys, forms)
+    n_points, ends = scrambling.points.shape[1], np.cumsum(keys.slope.shape)
+    pairing = (_Aligned if aligned else _AllPairs)(values, keys.matrices, forms)
 
     def block(z: Array) -> tuple[Array, ...]:
-        first, second, third = jnp.split(z, (size1, size1 + size2))
+        first, second, third = jnp.split(z, ends)
         u = matmul(one.root.root, first)
-        v = matmul(slope.T, first) + matmul(rest, second)
+        v = matmul(keys.slope.T, first) + matmul(keys.rest, second)
         independent = matmul(two.root.root, third)
         left = pairing.outputs(u, one, surrogate)
         traces, jacobians = [], []
         # Not a loop of the graph, in which a processor takes 3 to 6 times as long.
-        for r in _NODES:
+        for r in nodes:
             right = pairing.outputs(r * v + math.sqrt(1 - r * r) * independent, two, surrogate)
             traces.append(pairing.traces(*left, *right))
             jacobians.append(_sum_of_jacobians(*right, pairing.axes))
@@ -130,34 +213,55 @@ def coefficients(
         return jnp.stack(traces), left_jacobian, jnp.stack(jacobians)
 
     largest = max(one.bias.size, two.bias.size)
-    traces, *jacobians = _sum_over_blocks(block, z, 2 * largest)
+    traces, *jacobians = _sum_over_blocks(block, scrambling.points, 2 * largest)
     left, right = (x / (2 * n_points) for x in jacobians)
     # `E[tr(V^T J_a C J'_b^T)]` without correlation, and what the samples miss of it.
     joined = "aij,aij->a" if aligned else "aij,bij->ab"
+    of_one, of_two = (of.slope[scrambling.group] for of in (one, two))
     known, missed = [], []
     for i, j in forms:
-        outer = matmul(matmul(values[i].T, one.slope), keys[j])
-        inner = matmul(matmul(values[i], two.slope), keys[j].T)
-        known.append(einsum(joined, outer, two.slope))
-        of_left = einsum(joined, one.slope - left, inner)
+        outer = matmul(matmul(values[i].T, of_one), keys.matrices[j])
+        inner = matmul(matmul(values[i], of_two), keys.matrices[j].T)
+        known.append(einsum(joined, outer, of_two))
+        of_left = einsum(joined, of_one - left, inner)
         missed.append([of_left - einsum(joined, outer, each) for each in right])
-    uncorrelated = jnp.stack(known)
-    even = traces[:, 0] / n_points + jnp.swapaxes(jnp.stack([jnp.stack(x) for x in missed]), 0, 1)
-    odd = traces[:, 1] / n_points
-    # Of r^2, r^4, ... and of r, r^3, ...
-    even, odd = (
-        jnp.tensordot(jnp.asarray(_fit(first), cross.dtype), x, 1, precision="highest")
-        for first, x in ((2, even), (1, odd))
-    )
-    alternating = jnp.stack([odd, even], 1).reshape(-1, *odd.shape[1:])
-    result = jnp.moveaxis(jnp.concatenate([uncorrelated[None], alternating]), 0, 1)
-    return result[:, :, None] if aligned else result
+    missed = jnp.swapaxes(jnp.stack([jnp.stack(x) for x in missed]), 0, 1)
+    even, odd = traces[:, 0] / n_points + missed, traces[:, 1] / n_points
+    result = Samples(jnp.stack(known), jnp.stack([even, odd], 1))
+    return jax.tree.map(lambda x: x[..., None, :] if aligned else x, result)
 
 
-def _fit(first: int) -> np.ndarray:
-    """Takes values at the nodes to coefficients of `r^first`, `r^(first + 2)`, ..."""
-    r = np.asarray(_NODES)
-    return np.linalg.inv(r[:, None] ** (first + 2 * np.arange(len(r))))
+def coefficients(
+    of: Samples, steepness: Float[Array, "C D"], nodes: tuple[float, ...]
+) -> Float[Array, "forms powers C D"]:
+    """Those of `r^0, r^1, ...` in `G / h`, for each form.
+
+    Args:
+      steepness: `k`.
+      nodes: the first of those of the samples, or all of them.
+    """
+    r = np.asarray(nodes)
+    flattened = jnp.stack([1 / growth(steepness, x) for x in nodes])[:, None]
+    even = flattened * (of.slopes[: len(r), 0] + of.known) - of.known
+    odd = flattened * of.slopes[: len(r), 1]
+
+    def fit(parts: Array, first: int) -> Array:
+        """From values at the nodes to coefficients of `r^first`, `r^(first + 2)`, ..."""
+        inverse = np.linalg.inv(r[:, None] ** (first + 2 * np.arange(len(r))))
+        return jnp.tensordot(jnp.asarray(inverse, parts.dtype), parts, 1, precision="highest")
+
+    alternating = jnp.stack([fit(odd, 1), fit(even, 2)], 1).reshape(-1, *of.known.shape)
+    return jnp.moveaxis(jnp.concatenate([of.known[None], alternating]), 0, 1)
+
+
+def steepness(variance: Array) -> Array:
+    """`k`, of logits of softmax with a `variance`."""
+    return variance / (variance + _STEEP)
+
+
+def growth(steepness: Array, r: Any) -> Array:
+    """`h(r)`."""
+    return 1 / jnp.sqrt(1 - steepness * r**2)
 
 
 def _sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> Any:
@@ -228,15 +332,15 @@ class _Pairing:
 
     def traces(self, left_y: Array, left_q: Array, right_y: Array, right_q: Array) -> Array:
         """Even and odd parts, `(2, forms, pairs)`."""
-        of_values = [self._times(value, right_y) for value in self._values]
-        of_keys = [self._times(key, right_q) for key in self._keys]
+        of_values = [self.times(value, right_y) for value in self._values]
+        of_keys = [self.times(key, right_q) for key in self._keys]
         by_values = [self._at_each_point(left_y, x) for x in of_values]
         by_keys = [self._at_each_point(left_q, x) for x in of_keys]
         traces = []
         for i, j in self._forms:
             value, key = self._values[i], self._keys[j]
-            linear = self._times(value * key, right_q) - of_keys[j] * of_values[i]
-            quadratic = self._times(value.T, left_y) * self._times(key.T, left_q)
+            linear = self.times(value * key, right_q) - of_keys[j] * of_values[i]
+            quadratic = self.times(value.T, left_y) * self.times(key.T, left_q)
             traces.append(
                 self._over_signs(by_values[i] * by_keys[j])
                 + self._over_points(left_q, linear)
@@ -244,7 +348,7 @@ class _Pairing:
             )
         return jnp.stack(traces, 1)
 
-    def _times(self, matrix: Array, outputs: Array) -> Array:
+    def times(self, matrix: Array, outputs: Array) -> Array:
         """`matrix` times the outputs at each point."""
         raise NotImplementedError
 
@@ -270,7 +374,7 @@ class _AllPairs(_Pairing):
 
     axes = "nsap"
 
-    def _times(self, matrix: Array, outputs: Array) -> Array:
+    def times(self, matrix: Array, outputs: Array) -> Array:
         return matmul(outputs, matrix.T)
 
     def _at_each_point(self, left: Array, right: Array) -> Array:
@@ -295,7 +399,7 @@ class _Aligned(_Pairing):
 
     axes = "psan"
 
-    def _times(self, matrix: Array, outputs: Array) -> Array:
+    def times(self, matrix: Array, outputs: Array) -> Array:
         product = matmul(matrix, outputs.reshape(len(outputs), -1))
         return product.reshape(-1, *outputs.shape[1:])
 
