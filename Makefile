@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 CUDA := cuda12
 EXECUTE := true
 
-.PHONY: setup demo classification transformer test test-all test-slow test-oldest test-install check format \
+.PHONY: setup demo classification transformer sequences test test-all test-slow test-oldest test-install check format \
 	derivations docs benchmark accuracy gpu large-kernel build clean
 
 setup: $(VENV)/.dev
@@ -24,6 +24,11 @@ classification: $(VENV)/.examples
 
 transformer: $(VENV)/.examples
 	$(BIN)/python examples/transformer.py
+
+# The data are in aeon; nothing here needs what it requires, such as numba.
+sequences: $(VENV)/.examples
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps aeon
+	$(BIN)/python examples/sequences.py
 
 test: setup
 	@echo 'One test of each kind: about 6 minutes on two cores the first time, since XLA compiles, then less.'
