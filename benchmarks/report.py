@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def steps(items: Sequence[T], name: Callable[[T], str], *, quiet: bool = False) -> Iterator[T]:
-    """The items, with progress: a bar where `tqdm` is installed, lines elsewhere."""
+    """Yields the items and shows progress: a bar where `tqdm` is installed, otherwise lines."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
@@ -40,7 +40,7 @@ def steps(items: Sequence[T], name: Callable[[T], str], *, quiet: bool = False) 
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -58,12 +58,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def name(order: int | None) -> str:
-    """Of the surrogate, as tables have it."""
+    """The name of softmax or of an order in tables."""
     return "softmax" if order is None else f"order {order}"
 
 
 def precision(x64: bool) -> Any:
-    """Sets it, and is the dtype of what is to be computed."""
+    """Switches JAX to double or single precision, and returns that dtype."""
     jax.config.update("jax_enable_x64", x64)
     return np.float64 if x64 else np.float32
 
@@ -71,9 +71,9 @@ def precision(x64: bool) -> Any:
 def environment(module: str, given: Sequence[str]) -> str:
     """The command `python -m module *given`, the device, and the versions of what it ran on."""
     given = list(given)
-    if "--output" in given:  # says where the report is, not what it is of
-        at = given.index("--output")
-        given = given[:at] + given[at + 2 :]
+    if "--output" in given:  # does not change what the report says
+        index = given.index("--output")
+        given = given[:index] + given[index + 2 :]
     device, info = jax.devices()[0], Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -83,13 +83,13 @@ def environment(module: str, given: Sequence[str]) -> str:
         f"Command: `{' '.join(['python -m', module, *given])}`.",
         f"Device: {device.platform} ({device.device_kind}); host: {processor}, {cores()} cores. "
         f"Python {platform.python_version()}, {packages}.",
-        *([f"Commit: {at}."] if (at := commit()) else []),
+        *([f"Commit: {name}."] if (name := commit()) else []),
     ]
     return "\n".join(lines)
 
 
 def commit() -> str:
-    """That of the library here, with what has been changed since; empty outside of a checkout."""
+    """The commit of this checkout, and whether files changed since; empty outside a checkout."""
 
     def git(*command: str) -> str:
         folder = ["git", "-C", str(Path(__file__).parents[1])]
@@ -99,14 +99,14 @@ def commit() -> str:
 
     try:
         changed = git("status", "--porcelain", "--", "taylor_softmax")
-        at = git("log", "-1", "--format=%h (%cs)")
+        last = git("log", "-1", "--format=%h (%cs)")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return f"{at} and changes since" if changed else at
+    return f"{last} and changes since" if changed else last
 
 
 def options(command: str, description: str | None) -> argparse.ArgumentParser:
-    """Those that all benchmarks have."""
+    """A parser of the options that all benchmarks have."""
     parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
     parser.add_argument("--quick", action="store_true", help="small, to try it out")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts alone")
@@ -120,10 +120,10 @@ def run(
     parts: Mapping[str, Callable[[], Iterable[str]]],
     arguments: argparse.Namespace,
 ) -> None:
-    """Publishes the parts asked for, all by default, after each of them anew.
+    """Runs the parts asked for, all by default, and saves the report after each of them.
 
-    The report is called as the program, on a GPU with `_gpu` behind it. Parts that are not asked
-    for stay as they are there, each above the command and the versions that it is of.
+    The report has the name of the program, on a GPU with `_gpu` behind it. Parts that are not asked
+    for stay as they are. Below each part stand the command and the versions that it comes from.
     """
     unknown = set(arguments.only) - set(parts)
     if unknown:
@@ -132,22 +132,23 @@ def run(
     file = f"{command.rpartition('.')[2]}{'_gpu' if on_gpu else ''}.md"
     output = arguments.output or Path("benchmarks/results") / file
     heading = f"# Report: {title}{' on a GPU' if on_gpu else ''}"
-    for each in arguments.only or parts:
-        keep(each, [*parts[each](), environment(command, sys.argv[1:])], heading, parts, output)
+    for part in arguments.only or parts:
+        lines = [*parts[part](), environment(command, sys.argv[1:])]
+        keep(part, lines, heading, parts, output)
     print(output.read_text(), end="")
 
 
 def keep(part: str, lines: Sequence[str], heading: str, order: Iterable[str], output: Path) -> None:
-    """Puts a part into the report at `output`, whose other parts stay, all of them in `order`."""
+    """Puts a part into the report at `output`, and keeps its other parts, all in `order`."""
     report = sections(output.read_text()) if output.exists() else {}
     report[part] = "\n\n".join([f"<!-- part {part} -->", *lines])
-    save([heading, *(report[each] for each in order if each in report)], output)
+    save([heading, *(report[name] for name in order if name in report)], output)
 
 
 def sections(report: str) -> dict[str, str]:
     """The parts of a report that `run` wrote, by name."""
-    _, *found = re.split(r"^(?=<!-- part [\w-]+ -->$)", report, flags=re.MULTILINE)
-    return {section.split(maxsplit=3)[2]: section.strip() for section in found}
+    _, *parts = re.split(r"^(?=<!-- part [\w-]+ -->$)", report, flags=re.MULTILINE)
+    return {part.split(maxsplit=3)[2]: part.strip() for part in parts}
 
 
 def publish(parts: Sequence[str], output: Path) -> None:

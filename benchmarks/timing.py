@@ -9,7 +9,7 @@ import jax
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Of one call, until its results are there."""
+    """The duration of one call, until its results are computed."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
@@ -18,12 +18,12 @@ def seconds(function: Callable[[], Any]) -> float:
 def interleaved(
     functions: Mapping[Any, Callable[[], Any]], repetitions: int, *, limit: float = float("inf")
 ) -> dict[Any, list[float]]:
-    """Seconds of `repetitions` calls of each function, one round of all after the other.
+    """Seconds of `repetitions` calls of each function, in rounds that call each of them once.
 
-    So drift of the machine hits all of them alike. A first round warms up and does not count.
+    So a drift of the machine affects all of them alike. A first round warms up and does not count.
 
     Args:
-      limit: seconds after which a function is called no more.
+      limit: seconds in all after which a function is not called again.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -36,27 +36,28 @@ def interleaved(
 
 
 def medians(times: Mapping[Any, list[float]]) -> dict[Any, float]:
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def per_pair(
     make: Callable[[int], Callable[[], Any]], counts: tuple[int, int], repetitions: int
 ) -> float:
-    """Seconds a pair of inputs, of kernels of all pairs of so many: the best of all repetitions.
+    """Seconds that a kernel takes for each pair of inputs, in the fastest of all repetitions.
 
-    Few inputs beside many: free of what each input costs once, and nearly of what a call does.
+    The difference between few inputs and many leaves out what each input costs once, and nearly all
+    of what a call costs.
 
     Args:
-      make: the number of inputs to a call for the kernel of all pairs of them.
-      counts: the two numbers of inputs.
+      make: a function of the number of inputs that returns the call for the kernel of all pairs.
+      counts: the two numbers of inputs, few and many.
     """
     few, many = counts
     times = interleaved({n: make(n) for n in counts}, repetitions)
-    best = {n: min(each) for n, each in times.items()}
+    best = {n: min(seconds) for n, seconds in times.items()}
     return (best[many] - many / few * best[few]) / (many**2 - many * few)
 
 
 def memory(executable: Any) -> int:
-    """Bytes of results and temporaries of a compiled function."""
+    """Bytes that the results and temporaries of a compiled function take."""
     analysis = executable.memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes

@@ -42,17 +42,17 @@ X_STEPS, Z_STEPS, LOG_STEPS = (0.3, 0.42), (0.17, 0.32), (0.3, 0.6)
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """Of one grid.
+    """What one grid is made of.
 
     Attributes:
       coordinates: in which variances and correlations are sampled.
-      largest: variance.
+      largest: the largest variance.
       variances, seconds, correlations, classes: numbers of Chebyshev nodes.
-      scales: in the variance, of the scale.
-      packing: errors that packing may make of slopes at variances up to each of
+      scales: the number of nodes in the variance for the scale.
+      packing: the errors of slopes that packing may make, at variances up to each of
         `samples.VARIANCE_STEPS`.
-      coarser: times as long as otherwise are steps of the rules for polynomials. Times 1.15, they
-        are half the work, and leave 4e-5 (two classes) instead of 1e-6.
+      coarser: a factor on the steps of the rules for polynomials. With 1.15 they are half the work,
+        and leave 4e-5 (two classes) instead of 1e-6.
     """
 
     coordinates: Coordinates
@@ -66,12 +66,12 @@ class Design:
     coarser: float = 1.0
 
 
-def design(surrogate: Surrogate, *, near: bool) -> Design:
-    """For softmax and every order.
+def design_for(surrogate: Surrogate, *, near: bool) -> Design:
+    """The grid for softmax or an order.
 
-    An output at large variances changes from one class to another over a share 1 / order of the
-    logits (softmax: over a constant), which is what `smoothing` says, and a multiple of it that
-    suits many classes as well where nodes are few. Over two classes slopes at correlation 1 grow
+    At large variances an output changes from one class to another over a fraction 1 / order of the
+    logits (softmax: over a constant). That is what `smoothing` says. Where nodes are few it is a
+    multiple of this that suits many classes as well. Over two classes slopes at correlation 1 grow
     like the logarithm of the variance, for which `tail` has room; softmax does without, and its
     million classes need nodes where sigma is about 5. The ridge is about 1 / order wide in
     log sigma, where sigma is about a third of the order.
@@ -99,23 +99,23 @@ def nodes(count: int) -> np.ndarray:
     return chebyshev_rule(count)[0]
 
 
-def sigmas(of: Design, count: int) -> np.ndarray:
-    """Standard deviations at so many nodes."""
-    whole = of.coordinates.v(np.sqrt(of.largest))
-    return of.coordinates.sigma((nodes(count) + 1) / 2 * whole)
+def sigmas(design: Design, count: int) -> np.ndarray:
+    """Standard deviations at `count` nodes."""
+    largest_v = design.coordinates.v(np.sqrt(design.largest))
+    return design.coordinates.sigma((nodes(count) + 1) / 2 * largest_v)
 
 
-def pairs(of: Design) -> tuple[np.ndarray, np.ndarray]:
+def pairs(design: Design) -> tuple[np.ndarray, np.ndarray]:
     """Standard deviations at the nodes in two variances, the larger one first: `(v, second)`."""
-    whole = of.coordinates.v(np.sqrt(of.largest))
-    v1 = (nodes(of.variances)[:, None] + 1) / 2 * whole
-    v2 = of.coordinates.smaller_v(v1, nodes(of.seconds), whole)
-    sigma1 = np.broadcast_to(of.coordinates.sigma(v1), (of.variances, of.seconds))
-    return sigma1, np.broadcast_to(of.coordinates.sigma(v2), sigma1.shape)
+    largest_v = design.coordinates.v(np.sqrt(design.largest))
+    v1 = (nodes(design.variances)[:, None] + 1) / 2 * largest_v
+    v2 = design.coordinates.smaller_v(v1, nodes(design.seconds), largest_v)
+    sigma1 = np.broadcast_to(design.coordinates.sigma(v1), (design.variances, design.seconds))
+    return sigma1, np.broadcast_to(design.coordinates.sigma(v2), sigma1.shape)
 
 
-def numbers_of_classes(of: Design) -> np.ndarray:
-    return n_classes_at(nodes(of.classes))
+def numbers_of_classes(design: Design) -> np.ndarray:
+    return n_classes_at(nodes(design.classes))
 
 
 def slopes(
@@ -135,8 +135,8 @@ def slopes(
     if surrogate.order is not None:
         pair = _Polynomial(sigma1, sigma2, surrogate, coarser)
         return np.array([pair.slope(rho, n) for rho in correlations])
-    of = _graded if sigma1 > 5 else _plain
-    return np.array([of(sigma1, rho, sigma2, n) for rho in correlations])
+    integrate = _graded if sigma1 > 5 else _plain
+    return np.array([integrate(sigma1, rho, sigma2, n) for rho in correlations])
 
 
 def _rates(log_rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +146,7 @@ def _rates(log_rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _double_sum(
-    missing: np.ndarray,
+    one_minus_f: np.ndarray,
     f: np.ndarray,
     f_x: np.ndarray,
     f_y: np.ndarray,
@@ -157,20 +157,20 @@ def _double_sum(
 ) -> np.ndarray:
     # Rounding of F below, where the integrand is negligible.
     f = np.maximum(f, 1e-14)
-    log_f = np.where(missing < 0.5, np.log1p(-np.minimum(missing, 0.6)), np.log(f))
-    both, each = 2 * f_c * f_xy * cell, f_c * f_x / f * f_y * cell
-    return np.array([k * np.sum((both + (k - 2) * each) * np.exp((k - 2) * log_f)) for k in n])
+    log_f = np.where(one_minus_f < 0.5, np.log1p(-np.minimum(one_minus_f, 0.6)), np.log(f))
+    joint, separate = 2 * f_c * f_xy * cell, f_c * f_x / f * f_y * cell
+    return np.array([k * np.sum((joint + (k - 2) * separate) * np.exp((k - 2) * log_f)) for k in n])
 
 
 def _products(
-    one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray], weight: np.ndarray
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """`1 - F`, F and its derivatives, from `(1 - A, A')`, `(x, X)`, and `(1 - B, B')`, `(y, X)`."""
-    shortfall, slope = one[0] * weight, one[1] * weight
-    value = (1 - one[0]) * weight
-    missing = shortfall.sum(1)[:, None] + value @ two[0].T
-    there = 1 - two[0].T
-    return missing, value @ there, slope @ there, value @ two[1].T, slope @ two[1].T
+    shortfall, slope1 = first[0] * weight, first[1] * weight
+    value1 = (1 - first[0]) * weight
+    one_minus_f = shortfall.sum(1)[:, None] + value1 @ second[0].T
+    value2, slope2 = 1 - second[0].T, second[1].T
+    return one_minus_f, value1 @ value2, slope1 @ value2, value1 @ slope2, slope1 @ slope2
 
 
 # Softmax.
@@ -208,11 +208,11 @@ class _Noise:
         r = np.clip(r, 0, 1199 - 1e-6)
         i = r.astype(int)
         r = r - i
-        up, left, right = r * r * (3 - 2 * r), r * (1 - r) ** 2, -r * r * (1 - r)
-        first, second = (
-            v[i] + (v[i + 1] - v[i]) * up + d[i] * left + d[i + 1] * right for v, d in self.tables
+        step, left, right = r * r * (3 - 2 * r), r * (1 - r) ** 2, -r * r * (1 - r)
+        shortfall, slope = (
+            v[i] + (v[i + 1] - v[i]) * step + d[i] * left + d[i + 1] * right for v, d in self.tables
         )
-        return first, second
+        return shortfall, slope
 
 
 def _plain(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarray:
@@ -223,11 +223,11 @@ def _plain(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarra
     x, y = equally_spaced(sigma1), equally_spaced(sigma2)
     normal = np.linspace(-8, 8, int(np.ceil(16 * max(sigma1, 1) / 0.25)) + 1)
     weight = np.exp(-(normal**2) / 2)
-    one = _rates(sigma1 * normal - x[:, None])
+    first = _rates(sigma1 * normal - x[:, None])
     w = y[:, None] - rho * sigma2 * normal
-    two = _noise(w, sigma2 * np.sqrt(1 - rho**2))[:2]
+    second = _noise(w, sigma2 * np.sqrt(1 - rho**2))[:2]
     cell = (x[1] - x[0]) * (y[1] - y[0])
-    products = _products(one, two, weight / weight.sum())
+    products = _products(first, second, weight / weight.sum())
     return _double_sum(*products, products[-1], cell, n)
 
 
@@ -243,19 +243,19 @@ def _graded(sigma1: float, rho: float, sigma2: float, n: np.ndarray) -> np.ndarr
     e, e_weight = _sinh_nodes(151, 0.6 / sigma1, 14.5 + 31 / sigma1)
     density = np.exp(-((xi[:, None] - e) ** 2) / 2) / np.sqrt(2 * np.pi) * e_weight
     cell = sigma1 * (xi[1] - xi[0]) * d_weight
-    one = _rates(-sigma1 * e)
-    two = _Noise(tau)(d[:, None] + rho * sigma2 * e)
-    missing, f, f_x, f_y, f_xy = _products(one, two, density)
+    first = _rates(-sigma1 * e)
+    second = _Noise(tau)(d[:, None] + rho * sigma2 * e)
+    one_minus_f, f, f_x, f_y, f_xy = _products(first, second, density)
     if rho < 0:
         # Where B is steep, A = 1: E[A B] = E[B] - E[(1 - A) B].
-        margin, margin_slope = _Noise(sigma2)(rho * sigma2 * xi[:, None] + d)
-        rest, slope = one[0] * density, one[1] * density
-        mended = rest.sum(1)[:, None] + margin - rest @ two[0].T
-        up = d > 0
-        missing, f = np.where(up, mended, missing), np.where(up, 1 - mended, f)
-        f_x = np.where(up, slope.sum(1)[:, None] - slope @ two[0].T, f_x)
-        f_y = np.where(up, margin_slope - rest @ two[1].T, f_y)
-    return _double_sum(missing, f, f_x, f_y, f_xy, f_xy, cell, n)
+        marginal, marginal_slope = _Noise(sigma2)(rho * sigma2 * xi[:, None] + d)
+        shortfall, slope = first[0] * density, first[1] * density
+        by_marginal = shortfall.sum(1)[:, None] + marginal - shortfall @ second[0].T
+        one_minus_f = np.where(d > 0, by_marginal, one_minus_f)
+        f = np.where(d > 0, 1 - by_marginal, f)
+        f_x = np.where(d > 0, slope.sum(1)[:, None] - slope @ second[0].T, f_x)
+        f_y = np.where(d > 0, marginal_slope - shortfall @ second[1].T, f_y)
+    return _double_sum(one_minus_f, f, f_x, f_y, f_xy, f_xy, cell, n)
 
 
 # Polynomials.
@@ -290,13 +290,13 @@ class _Polynomial:
         self.u, spacing = _z_nodes(sigma1, order, coarser)
         self.weight = _density(self.u, sigma1) * spacing
         log_f, self.relative_slope = _log_f(self.u, surrogate)
-        self.one = _rates(log_f - x[:, None])
+        self.first = _rates(log_f - x[:, None])
         self.v, self.v_spacing = _z_nodes(sigma2, order, coarser)
         log_f, relative = _log_f(self.v, surrogate)
-        self.at_v = self._two(log_f - self.y[:, None], relative)
+        self.at_v = self._second(log_f - self.y[:, None], relative)
 
     @staticmethod
-    def _two(log_rate: np.ndarray, relative_slope: np.ndarray) -> np.ndarray:
+    def _second(log_rate: np.ndarray, relative_slope: np.ndarray) -> np.ndarray:
         """`1 - B`, `B'` and `B_v`."""
         shortfall, rate = _rates(log_rate)
         return np.array([shortfall, rate, rate * relative_slope])
@@ -305,16 +305,16 @@ class _Polynomial:
         tau = self.sigma2 * np.sqrt(max(1 - rho**2, 0))
         mean = rho * self.sigma2 / self.sigma1 * self.u
         wide = tau > np.interp(mean, self.v, self.v_spacing)
-        two = np.empty((3, self.y.size, self.u.size))
+        second = np.empty((3, self.y.size, self.u.size))
         z, z_weight = hermite_e.hermegauss(14)
         log_f, relative = _log_f(mean[~wide][:, None] + tau * z, self.surrogate)
-        narrow = self._two(log_f - self.y[:, None, None], relative)
-        two[:, :, ~wide] = narrow @ (z_weight / z_weight.sum())
+        narrow = self._second(log_f - self.y[:, None, None], relative)
+        second[:, :, ~wide] = narrow @ (z_weight / z_weight.sum())
         if wide.any():
-            given = _density(self.v[:, None] - mean[wide], tau) * self.v_spacing[:, None]
-            two[:, :, wide] = self.at_v @ given
-        f_c = (self.one[1] * (self.weight * self.relative_slope)) @ two[2].T
-        products = _products(self.one, (two[0], two[1]), self.weight)
+            conditional = _density(self.v[:, None] - mean[wide], tau) * self.v_spacing[:, None]
+            second[:, :, wide] = self.at_v @ conditional
+        f_c = (self.first[1] * (self.weight * self.relative_slope)) @ second[2].T
+        products = _products(self.first, (second[0], second[1]), self.weight)
         return _double_sum(*products, f_c, self.cell, n)
 
 
@@ -336,51 +336,57 @@ def _log_f(z: np.ndarray, surrogate: Surrogate) -> tuple[np.ndarray, np.ndarray]
     return value, slope
 
 
-def sample(surrogate: Surrogate, of: Design) -> tuple[np.ndarray, np.ndarray]:
+def sample(surrogate: Surrogate, design: Design) -> tuple[np.ndarray, np.ndarray]:
     """K and the logarithm of its scale at the nodes: `(v, second, s, n)` and `(v, n)`."""
-    n = numbers_of_classes(of)
-    sigma1, sigma2 = pairs(of)
+    n = numbers_of_classes(design)
+    sigma1, sigma2 = pairs(design)
     with concurrent.futures.ProcessPoolExecutor(mp_context=_SPAWN) as pool:
-        scales = pool.map(functools.partial(_log_scale, surrogate, of), sigmas(of, of.scales))
-        rows = pool.map(functools.partial(_row, surrogate, of), range(len(sigma1))[::-1])
+        scales = pool.map(
+            functools.partial(_log_scale, surrogate, design), sigmas(design, design.scales)
+        )
+        rows = pool.map(functools.partial(_row, surrogate, design), range(len(sigma1))[::-1])
         log_scale, values = np.array(list(scales)), np.array(list(rows)[::-1])
-    if not of.coordinates.ridge:
+    if not design.coordinates.ridge:
         i, j = np.triu_indices(len(values), 1)
         values[i, j] = values[j, i]
-    to_coefficients = chebyshev_rule(of.scales)[1]
-    whole = of.coordinates.v(np.sqrt(of.largest))
+    to_coefficients = chebyshev_rule(design.scales)[1]
+    largest_v = design.coordinates.v(np.sqrt(design.largest))
 
     def q(sigma: np.ndarray) -> np.ndarray:
-        basis = chebyshev.chebvander(2 * of.coordinates.v(sigma) / whole - 1, of.scales - 1)
+        basis = chebyshev.chebvander(
+            2 * design.coordinates.v(sigma) / largest_v - 1, design.scales - 1
+        )
         scale = np.exp(basis @ (to_coefficients @ log_scale)) / np.sqrt(n)
-        return scale * of.coordinates.saturation(sigma)[..., None]
+        return scale * design.coordinates.saturation(sigma)[..., None]
 
     values /= (q(sigma1) * q(sigma2))[:, :, None]
     return values, log_scale
 
 
-def _row(surrogate: Surrogate, of: Design, i: int) -> np.ndarray:
+def _row(surrogate: Surrogate, design: Design, i: int) -> np.ndarray:
     """`W dI / d rho` at a node of the larger variance: `(second, s, n)`; by symmetry, 0 beyond."""
-    n, s = numbers_of_classes(of), nodes(of.correlations)
-    values = np.zeros((of.seconds, s.size, n.size))
-    for j, at in enumerate(zip(*(sigma[i] for sigma in pairs(of)), strict=True)):
-        if j <= i or of.coordinates.ridge:
-            rho, weight, _ = of.coordinates.correlation(s, *at)
-            each = slopes(at[0], rho, at[1], n, surrogate, of.coarser)
-            values[j] = each * (at[0] * at[1] * weight)[:, None]
+    n, s = numbers_of_classes(design), nodes(design.correlations)
+    values = np.zeros((design.seconds, s.size, n.size))
+    for j, pair in enumerate(zip(*(sigma[i] for sigma in pairs(design)), strict=True)):
+        if j <= i or design.coordinates.ridge:
+            rho, weight, _ = design.coordinates.correlation(s, *pair)
+            found = slopes(pair[0], rho, pair[1], n, surrogate, design.coarser)
+            values[j] = found * (pair[0] * pair[1] * weight)[:, None]
     return values
 
 
-def _log_scale(surrogate: Surrogate, of: Design, sigma: float) -> np.ndarray:
+def _log_scale(surrogate: Surrogate, design: Design, sigma: float) -> np.ndarray:
     """`log(q (sigma + w) sqrt(n) / sigma)` from slopes at equal variances."""
-    n = numbers_of_classes(of)
+    n = numbers_of_classes(design)
     s, s_weight = _legendre_rule()
-    rho, _, stretch = of.coordinates.correlation(s, sigma, sigma)
-    square = sigma**2 * (s_weight * stretch) @ slopes(sigma, rho, sigma, n, surrogate, of.coarser)
-    return np.log(np.sqrt(square * n) / of.coordinates.saturation(sigma))
+    rho, _, stretch = design.coordinates.correlation(s, sigma, sigma)
+    square = (
+        sigma**2 * (s_weight * stretch) @ slopes(sigma, rho, sigma, n, surrogate, design.coarser)
+    )
+    return np.log(np.sqrt(square * n) / design.coordinates.saturation(sigma))
 
 
-def pack(of: Design, values: np.ndarray, log_scale: np.ndarray) -> dict[str, np.ndarray]:
+def pack(design: Design, values: np.ndarray, log_scale: np.ndarray) -> dict[str, np.ndarray]:
     """What `samples.load` reads: a Tucker decomposition, its core in integers.
 
     Entries of the core are left out up to the errors that the design allows, measured at the nodes
@@ -389,17 +395,19 @@ def pack(of: Design, values: np.ndarray, log_scale: np.ndarray) -> dict[str, np.
     Args:
       values, log_scale: from `sample`.
     """
-    has_ridge = bool(of.coordinates.ridge)
-    sigma = sigmas(of, of.variances)
-    by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(of.correlations)[1], values)
+    has_ridge = bool(design.coordinates.ridge)
+    sigma = sigmas(design, design.variances)
+    by_degree = np.einsum("ds,ijsn->ijdn", chebyshev_rule(design.correlations)[1], values)
     ends = np.log(np.sqrt(samples.VARIANCE_STEPS))
-    allowed = np.exp(np.interp(np.log(sigma), ends, np.log(of.packing)))
+    allowed = np.exp(np.interp(np.log(sigma), ends, np.log(design.packing)))
     if has_ridge:
-        # Of the larger variance alone: at correlation 1 slopes differ by little.
-        to_end = chebyshev.chebvander([-1.0], of.seconds - 1) @ chebyshev_rule(of.seconds)[1]
-        alike = np.einsum("j,ijn->in", to_end[0], by_degree.sum(2))
-        least = np.minimum.accumulate(np.min(alike, 1)[::-1])[::-1]
-        weight, second_weight = 1 / (allowed * least), np.ones(of.seconds)
+        # The weight is one of the larger variance alone: slopes at correlation 1 differ little.
+        to_end = (
+            chebyshev.chebvander([-1.0], design.seconds - 1) @ chebyshev_rule(design.seconds)[1]
+        )
+        on_ridge = np.einsum("j,ijn->in", to_end[0], by_degree.sum(2))
+        smallest = np.minimum.accumulate(np.min(on_ridge, 1)[::-1])[::-1]
+        weight, second_weight = 1 / (allowed * smallest), np.ones(design.seconds)
     else:
         i = np.arange(sigma.size)
         weight = second_weight = 1 / np.sqrt(allowed * np.min(by_degree[i, i].sum(1), 1))
@@ -421,25 +429,25 @@ def pack(of: Design, values: np.ndarray, log_scale: np.ndarray) -> dict[str, np.
         middle = np.sqrt(low * high)
         kept = np.where(np.abs(core) > middle, core, 0)
         rebuilt = np.einsum("abcd,ia,jb,kc,ld->ijkl", kept, *bases, optimize=True)
-        left = np.max(np.sqrt(np.sum((rebuilt - weighted) ** 2, 2)))
-        low, high = (middle, high) if left < 1 else (low, middle)
+        remainder = np.max(np.sqrt(np.sum((rebuilt - weighted) ** 2, 2)))
+        low, high = (middle, high) if remainder < 1 else (low, middle)
     assert low > 1e-2, "the bases leave more than the design allows"
     unit = low / 2
     integers = np.round(np.where(np.abs(core) > low, core, 0) / unit)
     integers = integers if has_ridge else integers[np.triu_indices(core.shape[0])]
     planes = integers.astype("<i8").reshape(-1, 1).view(np.uint8).T
-    of_classes = chebyshev_rule(of.classes)[1]
+    of_classes = chebyshev_rule(design.classes)[1]
     packed = {
         "core": np.ascontiguousarray(planes),
         "unit": np.asarray(unit),
-        "variance": chebyshev_rule(of.variances)[1] @ (bases[0] / weight[:, None]),
+        "variance": chebyshev_rule(design.variances)[1] @ (bases[0] / weight[:, None]),
         "correlation": bases[2],
         "classes": of_classes @ bases[3],
-        "scale": chebyshev_rule(of.scales)[1] @ log_scale @ of_classes.T,
-        "coordinates": np.asarray(of.coordinates),
+        "scale": chebyshev_rule(design.scales)[1] @ log_scale @ of_classes.T,
+        "coordinates": np.asarray(design.coordinates),
     }
     if has_ridge:
-        packed["second"] = chebyshev_rule(of.seconds)[1] @ bases[1]
+        packed["second"] = chebyshev_rule(design.seconds)[1] @ bases[1]
     return packed
 
 
@@ -449,65 +457,67 @@ def _legendre_rule(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
     return (s + 1) / 2, weight / 2
 
 
-def measure(surrogate: Surrogate, of: Design, given: samples.Samples) -> np.ndarray:
+def measure(surrogate: Surrogate, design: Design, given: samples.Samples) -> np.ndarray:
     """Twice the largest errors found off the nodes: `Samples.errors`; infinite beyond the grid."""
     rng = np.random.default_rng(0)
     n = np.array([[2, 2, 2], [3, 3, 4], [5, 7, 9], [10, 100, 1000], [1e4, 1e5, 9e5]])
     s, s_weight = _legendre_rule(14)
     s = np.concatenate([-s, s, [-1, 1]])
     s_weight = np.concatenate([s_weight, s_weight, [0, 0]])
-    degrees = chebyshev.chebvander(s, of.correlations - 1)
+    degrees = chebyshev.chebvander(s, design.correlations - 1)
 
     def q(sigma: float) -> np.ndarray:
-        scale = np.exp(given.log_scale(of.coordinates.v(np.array([sigma])), n.ravel())[0])
-        return scale * of.coordinates.saturation(sigma) / np.sqrt(n.ravel())
+        scale = np.exp(given.log_scale(design.coordinates.v(np.array([sigma])), n.ravel())[0])
+        return scale * design.coordinates.saturation(sigma) / np.sqrt(n.ravel())
 
     def interpolated(sigma1: float, sigma2: float) -> np.ndarray:
-        v1, v2 = (of.coordinates.v(np.array([sigma])) for sigma in (sigma1, sigma2))
+        v1, v2 = (design.coordinates.v(np.array([sigma])) for sigma in (sigma1, sigma2))
         return degrees @ given.slopes(v1, v2[:, None], n.ravel())[0, 0]
 
     def with_itself(sigma: float) -> np.ndarray:
-        weight = of.coordinates.correlation(s, sigma, sigma)[1]
+        weight = design.coordinates.correlation(s, sigma, sigma)[1]
         return interpolated(sigma, sigma)[-1] / weight[-1]
 
     def errors(sigma1: float, sigma2: float) -> np.ndarray:
         found = interpolated(sigma1, sigma2)
         unit = np.sqrt(with_itself(sigma1) * with_itself(sigma2))
-        rho, weight, stretch = of.coordinates.correlation(s, sigma1, sigma2)
+        rho, weight, stretch = design.coordinates.correlation(s, sigma1, sigma2)
         exact = slopes(sigma1, rho, sigma2, n.ravel(), surrogate)
         exact *= sigma1 * sigma2 / (q(sigma1) * q(sigma2))
-        wrong = (found / weight[:, None] - exact).T
-        halves = (s_weight * stretch * wrong)[:, :-2].reshape(n.size, 2, -1).sum(2)
-        each = np.max(np.abs(halves), 1), np.max(np.abs(wrong), 1) / unit
-        return np.max(np.reshape(each, (2, *n.shape)), 2).T
+        error = (found / weight[:, None] - exact).T
+        halves = (s_weight * stretch * error)[:, :-2].reshape(n.size, 2, -1).sum(2)
+        largest = np.max(np.abs(halves), 1), np.max(np.abs(error), 1) / unit
+        return np.max(np.reshape(largest, (2, *n.shape)), 2).T
 
     found = np.zeros((len(n), 2, len(samples.VARIANCE_STEPS)))
     for k, top in enumerate(samples.VARIANCE_STEPS):
-        if top > of.largest:
+        if top > design.largest:
             found[:, :, k] = np.inf
             continue
         low, high = np.log(samples.VARIANCE_STEPS[k - 1] if k else 1e-3) / 2, np.log(top) / 2
         for largest in (high, high, *rng.uniform(low, high, 5)):
             ridge = largest - rng.uniform(0, 4) / (surrogate.order or 4)
             for smallest in (largest, ridge, rng.uniform(np.log(0.03), largest)):
-                each = errors(np.exp(largest), np.exp(smallest))
-                found[:, :, k] = np.maximum(found[:, :, k], each)
+                error = errors(np.exp(largest), np.exp(smallest))
+                found[:, :, k] = np.maximum(found[:, :, k], error)
     return 2 * np.maximum.accumulate(found, 2)
 
 
 def main(arguments: list[str]) -> None:
-    for each in arguments or ["softmax", *map(str, range(2, 34, 2))]:
-        surrogate = parse(None if each == "softmax" else int(each))
+    for name in arguments or ["softmax", *map(str, range(2, 34, 2))]:
+        surrogate = parse(None if name == "softmax" else int(name))
         for near in (True, False) if samples.has_near_samples(surrogate) else (False,):
             write(surrogate, near=near)
 
 
 def write(surrogate: Surrogate, *, near: bool) -> None:
-    of, file = design(surrogate, near=near), samples.file_name(surrogate, near=near)
-    arrays: Any = pack(of, *sample(surrogate, of))
-    # Which `measure` does not look at.
+    design, file = design_for(surrogate, near=near), samples.file_name(surrogate, near=near)
+    arrays: Any = pack(design, *sample(surrogate, design))
+    # `measure` does not look at the errors.
     unknown = np.zeros((len(samples.CLASS_STEPS), 2, len(samples.VARIANCE_STEPS)))
-    errors = measure(surrogate, of, samples.unpack({**arrays, "errors": unknown}, of.largest))
+    errors = measure(
+        surrogate, design, samples.unpack({**arrays, "errors": unknown}, design.largest)
+    )
     save(TARGET / file, {**arrays, "errors": errors})
     print(f"{file} written", flush=True)
 

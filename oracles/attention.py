@@ -1,4 +1,4 @@
-"""Attention with infinitely many heads and key channels, by sampling its logits plainly.
+"""Attention with infinitely many heads and key channels, by sampling its logits.
 
 The logits of all queries `a` and keys `p` of both inputs are jointly Gaussian,
 
@@ -27,12 +27,12 @@ class Problem(NamedTuple):
     """Two inputs, of `T1` and `T2` keys, and as many queries in self-attention.
 
     Attributes:
-      keys, values: joint covariances `(T1 + T2, T1 + T2)` of what keys and values are made of.
+      keys, values: joint covariances, `(T1 + T2, T1 + T2)`, of the inputs of keys and values.
       keys_ntk, values_ntk: their NTKs.
-      present: which keys there are, boolean, of each input.
+      present: which keys are present, boolean, for each input.
       scale: `s`.
-      queries, queries_ntk: of what queries are made of; None where it is what keys are made of.
-      n_queries: of the first input.
+      queries, queries_ntk: the same for queries; None where their inputs are those of keys.
+      n_queries: number of queries of the first input.
     """
 
     keys: np.ndarray
@@ -46,24 +46,27 @@ class Problem(NamedTuple):
     n_queries: int = 0
 
     def of_queries(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """The covariance, the NTK, and the number of them in the first input."""
+        """The covariance and the NTK of queries, and their number in the first input."""
         if self.queries is None or self.queries_ntk is None:
             return self.keys, self.keys_ntk, len(self.present[0])
         return self.queries, self.queries_ntk, self.n_queries
 
     def covariances(self) -> dict[str, np.ndarray]:
         """The blocks of the covariances, by the names of `attention_second_moment`."""
-        own = {"cov": (self.keys, "11 12 22"), "values": (self.values, "12")}
-        own |= {"ntk": (self.keys_ntk, "12"), "values_ntk": (self.values_ntk, "12")}
-        n = {name: len(self.present[0]) for name in own}
+        joints = {"cov": (self.keys, "11 12 22"), "values": (self.values, "12")}
+        joints |= {"ntk": (self.keys_ntk, "12"), "values_ntk": (self.values_ntk, "12")}
+        n = {name: len(self.present[0]) for name in joints}
         if self.queries is not None and self.queries_ntk is not None:
-            own |= {"queries": (self.queries, "11 12 22"), "queries_ntk": (self.queries_ntk, "12")}
+            joints |= {
+                "queries": (self.queries, "11 12 22"),
+                "queries_ntk": (self.queries_ntk, "12"),
+            }
             n |= {"queries": self.n_queries, "queries_ntk": self.n_queries}
         return {
             f"{name}{sides}": joint[
                 tuple(slice(n[name]) if side == "1" else slice(n[name], None) for side in sides)
             ]
-            for name, (joint, blocks) in own.items()
+            for name, (joint, blocks) in joints.items()
             for sides in blocks.split()
         }
 
@@ -83,7 +86,7 @@ def tokens(
     """A random joint covariance of the tokens of two inputs, of mean variance about 1.
 
     Args:
-      correlation: between tokens at the same position of the inputs, about.
+      correlation: approximate, between tokens at the same position of the inputs.
       ratio: of the largest possible variance to the smallest.
       rank: of the covariance; `2 size` by default.
     """
@@ -109,16 +112,16 @@ def random_problem(
     """A problem with logits of variance about `variance`.
 
     Args:
-      lengths: numbers of tokens that there are; all by default.
+      lengths: numbers of tokens that are present in the two inputs; all by default.
     """
     present = np.arange(size) < np.asarray(lengths or (size, size))[:, None]
-    there = np.outer(present, present)
+    both_present = np.outer(present, present)
     make = functools.partial(tokens, size, rank=rank)
     return Problem(
-        keys=there * make(correlation=correlation, ratio=ratio, seed=seed),
-        values=there * make(correlation=0.7, ratio=2.0, seed=seed + 1),
-        keys_ntk=there * make(correlation=0.3, ratio=2.0, seed=seed + 2),
-        values_ntk=there * make(correlation=0.6, ratio=2.0, seed=seed + 3),
+        keys=both_present * make(correlation=correlation, ratio=ratio, seed=seed),
+        values=both_present * make(correlation=0.7, ratio=2.0, seed=seed + 1),
+        keys_ntk=both_present * make(correlation=0.3, ratio=2.0, seed=seed + 2),
+        values_ntk=both_present * make(correlation=0.6, ratio=2.0, seed=seed + 3),
         present=list(present),
         scale=variance,
     )
@@ -173,15 +176,17 @@ def kernels(
     sizes = list(zip((n_queries, len(queries) - n_queries), n_keys, strict=True))
     if rows is None:
         rows = [np.zeros(size) for size in sizes]
-    rows = [np.where(there, row, -np.inf) for there, row in zip(problem.present, rows, strict=True)]
-    # Of each logit: which query, which key, and the distance from one to the other.
-    a, p, apart = (
+    rows = [
+        np.where(present, row, -np.inf) for present, row in zip(problem.present, rows, strict=True)
+    ]
+    # The query of each logit, its key, and the distance from one to the other.
+    a, p, distance = (
         np.concatenate([part.ravel() for part in parts])
         for parts in zip(*(_indices(*size) for size in sizes), strict=True)
     )
     a[sizes[0][0] * sizes[0][1] :] += n_queries
     p[sizes[0][0] * sizes[0][1] :] += n_keys[0]
-    rho = problem.scale * _rotary(np.subtract.outer(apart, apart), rotary)
+    rho = problem.scale * _rotary(np.subtract.outer(distance, distance), rotary)
 
     def logits(of_queries: np.ndarray, of_keys: np.ndarray) -> np.ndarray:
         return rho * of_queries[np.ix_(a, a)] * of_keys[np.ix_(p, p)]
@@ -194,11 +199,11 @@ def kernels(
         x[: n_keys[0], n_keys[0] :]
         for x in (problem.values, 2 * problem.values + problem.values_ntk)
     )
-    at_once = max(1, min(n_samples, (1 << 21) // len(rho)))
-    n_chunks = -(-n_samples // at_once)
+    chunk = max(1, min(n_samples, (1 << 21) // len(rho)))
+    n_chunks = -(-n_samples // chunk)
     roots = tuple(_root(cov) for cov in covs)
-    sums = _sample(random.key(seed), roots, cross, tuple(rows), order, at_once, n_chunks)
-    n = n_chunks * at_once
+    sums = _sample(random.key(seed), roots, cross, tuple(rows), order, chunk, n_chunks)
+    n = n_chunks * chunk
     results = []
     for total, squares in sums:
         mean = total / n

@@ -61,62 +61,62 @@ def _value_and_slope(z: np.ndarray, order: int | None) -> tuple[np.ndarray, np.n
     return powers.sum(0), powers[:-1].sum(0)
 
 
-def sample(of: Problem, *, order: int | None, n_samples: int, seed: int = 0) -> list[Estimate]:
-    """`E[y(u) y(v)^T]` and `E[J(u) theta J(v)^T]`; negatives of the draws are used, too."""
-    rng, size = np.random.default_rng(seed), len(of.cov11)
-    joint = np.block([[of.cov11, of.cov12], [of.cov12.T, of.cov22]])
+def sample(inputs: Problem, *, order: int | None, n_samples: int, seed: int = 0) -> list[Estimate]:
+    """Estimates of `E[y(u) y(v)^T]` and `E[J(u) theta J(v)^T]`, from draws and their negatives."""
+    rng, size = np.random.default_rng(seed), len(inputs.cov11)
+    joint = np.block([[inputs.cov11, inputs.cov12], [inputs.cov12.T, inputs.cov22]])
     values, vectors = np.linalg.eigh(joint)
     root = vectors * np.sqrt(np.maximum(values, 0))
     # Standard errors need batches; a batch of matrices is bounded in memory.
-    at_once = max(1, min(n_samples // _BATCHES, 2_000_000 // size**2))
+    batch = max(1, min(n_samples // _BATCHES, 2_000_000 // size**2))
     means = []
-    for _ in range(n_samples // at_once):
-        z = rng.standard_normal((at_once, 2 * size)) @ root.T
+    for _ in range(n_samples // batch):
+        z = rng.standard_normal((batch, 2 * size)) @ root.T
         total = np.zeros((2, size, size))
         for signed in (z, -z):
             (f, df), (g, dg) = (_value_and_slope(x, order) for x in np.split(signed, 2, 1))
             y, q = f / f.sum(1, keepdims=True), df / f.sum(1, keepdims=True)
             w, p = g / g.sum(1, keepdims=True), dg / g.sum(1, keepdims=True)
-            # J theta J'^T a sample: one matrix after the other, without multiplying out.
+            # J theta J'^T for each sample: the product of the matrices, not a sum of its terms.
             first = q[:, :, None] * np.eye(size) - y[:, :, None] * q[:, None, :]
             second = p[:, :, None] * np.eye(size) - w[:, :, None] * p[:, None, :]
-            moved = np.matmul(first, of.theta)
+            moved = np.matmul(first, inputs.theta)
             total[0] += y.T @ w
             total[1] += np.einsum("nij,nkj->ik", moved, second, optimize=True)
-        means.append(total / (2 * at_once))
+        means.append(total / (2 * batch))
     stacked = np.stack(means)
     error = stacked.std(0, ddof=1) / math.sqrt(len(stacked))
     return [Estimate(stacked.mean(0)[i], error[i]) for i in (0, 1)]
 
 
-def quadrature(of: Problem, n_nodes: int) -> np.ndarray:
+def quadrature(inputs: Problem, n_nodes: int) -> np.ndarray:
     """What `sample` estimates, of softmax over few positions, by Gauss-Hermite quadrature.
 
     Over the differences of both inputs' logits from the last, `2 (S - 1)` dimensions. The root is
     Cholesky's, which is smooth: differences of such values are differences of the integrals.
     """
-    size = len(of.cov11)
+    size = len(inputs.cov11)
     nodes, weights = np.polynomial.hermite_e.hermegauss(n_nodes)
     grids = [np.meshgrid(*[x] * (2 * size - 2), indexing="ij") for x in (nodes, weights)]
     z, weight = np.stack(grids[0]), np.prod(grids[1], 0)
     weight /= weight.sum()
-    # What is left out would add less than rounding errors do.
-    kept = weight > 1e-13
-    z, weight = z[:, kept], weight[kept]
+    # The other nodes would add less than rounding errors do.
+    relevant = weight > 1e-13
+    z, weight = z[:, relevant], weight[relevant]
 
-    take = np.kron(np.eye(2), np.hstack([np.eye(size - 1), -np.ones((size - 1, 1))]))
-    joint = np.block([[of.cov11, of.cov12], [of.cov12.T, of.cov22]])
-    u, v = np.split(np.linalg.cholesky(take @ joint @ take.T) @ z, 2)
+    differences = np.kron(np.eye(2), np.hstack([np.eye(size - 1), -np.ones((size - 1, 1))]))
+    joint = np.block([[inputs.cov11, inputs.cov12], [inputs.cov12.T, inputs.cov22]])
+    u, v = np.split(np.linalg.cholesky(differences @ joint @ differences.T) @ z, 2)
 
-    def softmax(differences: np.ndarray) -> np.ndarray:
-        f = np.exp(np.vstack([differences, np.zeros_like(differences[:1])]))
+    def softmax(logits: np.ndarray) -> np.ndarray:
+        f = np.exp(np.vstack([logits, np.zeros_like(logits[:1])]))
         return f / f.sum(0)
 
     y, w = softmax(u), softmax(v)
     slope = np.zeros((size, size))
     for p in range(size):
         # Row p of the Jacobian, times theta.
-        moved = of.theta.T @ (y[p] * (np.eye(size)[p][:, None] - y))
+        moved = inputs.theta.T @ (y[p] * (np.eye(size)[p][:, None] - y))
         for q in range(size):
             row = w[q] * (np.eye(size)[q][:, None] - w)
             slope[p, q] = np.sum(weight * np.sum(moved * row, 0))

@@ -33,9 +33,9 @@ def log_surrogate(z: Any, order: int | None) -> np.ndarray:
 
 
 def moments(mean: Any, variance: Any, order: int | None = None, counts: Any = None) -> Moments:
-    """Of one point, `(C,)`.
+    """The moments at one point, from the means and variances of its logits, `(C,)`.
 
-    Equal classes are given once, with their number in `counts`; second moments are then those of
+    Equal classes are given once, with their number in `counts`. Second moments are then those of
     one class of each kind with another of its kind.
     """
     mean, variance = np.asarray(mean, float), np.asarray(variance, float)

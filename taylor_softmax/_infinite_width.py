@@ -37,29 +37,29 @@ def moments(
 def _mehler(var1: Array, cov12: Array, var2: Array, order: int, normaliser: int) -> Array:
     """`E[f_m(u) f_m(v)] / (E[f_k(u)] E[f_k(v)])` for `m = order`, `k = normaliser`.
 
-    In float32 `e_0(x) / e_16(x)` underflows when squared at variances near 1e3, and the sums
+    In float32 `e_0(x) / e_16(x)` underflows when it is squared at variances near 1e3, and the sums
     themselves overflow at 1e5. Divided by a power of `s = max(1, x / M)` for each of their `M`
-    degrees they stay between 1 and `exp(M)`; what is taken out of one term is put into the step of
-    Horner's scheme to the next.
+    degrees, they stay between 1 and `exp(M)`. The step of Horner's scheme to the next term puts in
+    what is taken out of a term.
     """
-    # order <= normaliser: the sums up to the normaliser's hold all that are needed.
-    most = normaliser // 2
+    # order <= normaliser: the sums up to the normaliser's degree hold all that are needed.
+    degree = normaliser // 2
     scales, ratios = [], []
     for x in (var1 / 2, var2 / 2):
-        # Whatever the scale, the result is the same: it needs no derivative.
-        scale = lax.stop_gradient(jnp.maximum(1.0, x / most))
-        sums = _exponential_sums(x, scale, most)
+        # The result does not depend on the scale, which therefore needs no derivative.
+        scale = lax.stop_gradient(jnp.maximum(1.0, x / degree))
+        sums = _exponential_sums(x, scale, degree)
         scales.append(scale)
         ratios.append(sums / sums[-1])
     total = jnp.zeros_like(var1 * cov12 * var2)
-    before = 0
+    previous_r = 0
     for j in range(order, -1, -1):
         r = (order - j) // 2
         step = cov12 / (j + 1)
-        if r > before:
+        if r > previous_r:
             step = step / scales[0] / scales[1]
-        total, before = total * step + ratios[0][r] * ratios[1][r], r
-    for _ in range(most - before):
+        total, previous_r = total * step + ratios[0][r] * ratios[1][r], r
+    for _ in range(degree - previous_r):
         total = total / scales[0] / scales[1]
     return total
 

@@ -156,16 +156,16 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         likelihood = self._likelihood(labels, self.tol)
         if len(x) <= (self.n_inducing or _MOST):
             found = self._search(x, labels)
-            self._inputs, kernels = x, self._network().square(x, found.at)
+            self._inputs, kernels = x, self._network().square(x, found.hyperparameters)
         else:
             n = self.n_inducing or _INDUCING
             drawn = np.random.default_rng(0).permutation(len(x))[:n]
             found = self._search(x[drawn], labels[drawn])
-            self._inputs, kernels = self._inducing(x, found.at, n)
+            self._inputs, kernels = self._inducing(x, found.hyperparameters, n)
         # From the start, so that it depends on nothing but the kernel.
         self.posterior_ = likelihood.posterior(kernels)
         self._scale = likelihood.scale(self.posterior_)
-        self.hyperparameters_ = found.at
+        self.hyperparameters_ = found.hyperparameters
         self.log_evidence_ = float(self.posterior_.log_evidence)
         self.n_iter_ = found.n_iter or self.posterior_.iterations
         self.converged_ = self.posterior_.converged and found.failure is None

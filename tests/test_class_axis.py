@@ -555,7 +555,7 @@ def test_an_input_with_itself_has_the_covariance_of_its_probabilities(order, n, 
 def test_shipped_samples_are_those_of_the_program(order, near):
     """A few of them, computed anew: what comes with the package is not stale."""
     of = parse(order)
-    design = class_axis_grids.design(of, near=near)
+    design = class_axis_grids.design_for(of, near=near)
     sigma1, sigma2 = class_axis_grids.pairs(design)
     n = np.array([2.0, 1000.0])
     i, j, k = design.variances // 2, design.seconds // 5, design.correlations // 3

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Up to which the package has samples. Beyond this variance the kernel is that of its limit (of
+# The package has samples up to these. Beyond this variance the kernel is that of its limit (of
 # argmax, for softmax) to 2e-3 of its value at correlation 1.
 LARGEST_N_CLASSES = 1_000_000
 LARGEST_VARIANCE = 1e6
@@ -69,18 +69,18 @@ class Coordinates(NamedTuple):
         logarithm = np.zeros_like(v)
         for _ in range(60):
             decay = np.exp(-logarithm)
-            missing = v - (1 - decay + self.tail * logarithm)
-            logarithm = logarithm + missing / (decay + self.tail)
+            residual = v - (1 - decay + self.tail * logarithm)
+            logarithm = logarithm + residual / (decay + self.tail)
         return self.knee * np.expm1(logarithm)
 
-    def of_smaller(self, v1: np.ndarray, v2: np.ndarray, largest_v: float) -> np.ndarray:
+    def smaller_coordinate(self, v1: np.ndarray, v2: np.ndarray, largest_v: float) -> np.ndarray:
         """The coordinate of the smaller variance, in [-1, 1], from `v1 >= v2`."""
         if not self.ridge:
             return 2 * v2 / largest_v - 1
         return 2 * np.arcsinh(self.ridge * (v1 - v2)) / np.arcsinh(self.ridge * v1) - 1
 
     def smaller_v(self, v1: np.ndarray, coordinate: np.ndarray, largest_v: float) -> np.ndarray:
-        """`v2`, the inverse of `of_smaller`."""
+        """`v2`, the inverse of `smaller_coordinate`."""
         if not self.ridge:
             return (coordinate + 1) / 2 * largest_v
         delta = (coordinate + 1) / 2
@@ -90,9 +90,9 @@ class Coordinates(NamedTuple):
         self, s: np.ndarray, sigma1: Any, sigma2: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The correlation at the coordinate `s`, the weight there, and `d rho / d s`."""
-        share1, share2 = self.smoothing_share(sigma1**2), self.smoothing_share(sigma2**2)
+        fraction1, fraction2 = (self.smoothing_fraction(sigma**2) for sigma in (sigma1, sigma2))
         # `W^2` at rho = 1.
-        squared_weight = share1 + share2 - share1 * share2
+        squared_weight = fraction1 + fraction2 - fraction1 * fraction2
         x_one = self._x_one(sigma1, sigma2)
         y = np.abs(s) * (x_one + np.arctanh(x_one))
         # `tanh z + z = y`, from below as above.
@@ -114,12 +114,12 @@ class Coordinates(NamedTuple):
     def _x_one(self, sigma1: Any, sigma2: Any) -> Any:
         return sigma1 * sigma2 / np.sqrt((sigma1**2 + self.rounding) * (sigma2**2 + self.rounding))
 
-    def rounding_share(self, variance: Any) -> Any:
-        """`k / (a + k)`: the share of `k` in the rounded variance of x."""
+    def rounding_fraction(self, variance: Any) -> Any:
+        """`k / (a + k)`: the fraction of `k` in the rounded variance of x."""
         return self.rounding / (variance + self.rounding)
 
-    def smoothing_share(self, variance: Any) -> Any:
-        """`(l a + k) / (a + l a + k)`, the same in the weight."""
+    def smoothing_fraction(self, variance: Any) -> Any:
+        """`(l a + k) / (a + l a + k)`: the fraction of what is added, in the weight."""
         added = self.rounding + self.smoothing * variance
         return added / (variance + added)
 

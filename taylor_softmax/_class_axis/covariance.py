@@ -1,8 +1,9 @@
 """The class covariance `I` for whole arrays of pairs: shapes and choice of method.
 
-Interpolation serves one pair and ten million: `samples` come with the package, in `coordinates` in
-which few do; `terms` are made of them once a process; `evaluation` sums them. Quadrature pair by
-pair, `integral`, is what they were checked against, and serves more classes than they span.
+Interpolation serves one pair and ten million. `samples` come with the package, in `coordinates`
+that need few of them; `terms` are made of the samples once a process; `evaluation` sums the terms.
+Quadrature pair by pair, `integral`, is what they were checked against. It also serves more classes
+than the samples span.
 """
 
 import functools
@@ -25,8 +26,8 @@ from taylor_softmax._numerics.arguments import Validated, as_real, check_n_class
 from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax.methods import Direct, Interpolate, Method, choose
 
-# From this many pairs on few terms are summed in one fused loop, which takes longer to compile, and
-# half the time and memory.
+# From this many pairs on, few terms are summed in one fused loop. It takes longer to compile, and
+# half the time and memory to run.
 _MANY_PAIRS = 1 << 14
 
 
@@ -121,14 +122,14 @@ def covariances(
     broadcasts to.
 
     Args:
-      slopes: of which requests `dI / dc` is asked for; it is None for the others, which take half
+      slopes: for which requests `dI / dc` is computed; it is None for the others, which take half
         the time to trace and to compile.
     """
     dtype = jnp.result_type(float, *(array for request in requests for array in request))
     shapes = [jnp.broadcast_shapes(*(array.shape for array in request)) for request in requests]
     if n_classes == 1:  # the output is constant
         zeros = [jnp.zeros(shape, dtype) for shape in shapes]
-        return [(each, each if slope else None) for each, slope in zip(zeros, slopes, strict=True)]
+        return [(zero, zero if slope else None) for zero, slope in zip(zeros, slopes, strict=True)]
 
     layouts = [_Layout(request, shape) for request, shape in zip(requests, shapes, strict=True)]
     blocks = [
@@ -136,8 +137,7 @@ def covariances(
         for a, c, b in (layout.arrays for layout in layouts)
     ]
     if method is None:
-        few = n_classes <= LARGEST_N_CLASSES
-        method = Interpolate() if few else Direct()
+        method = Interpolate() if n_classes <= LARGEST_N_CLASSES else Direct()
     is_near = _is_near(blocks, surrogate)
     results = _covariances(
         blocks,
@@ -156,7 +156,7 @@ def covariances(
 def _is_near(blocks: Sequence[Pairs], surrogate: Surrogate) -> bool | None:
     """Whether variances are at most `near_limit`; None where numbers are yet to come.
 
-    What is known beforehand spares the compilation of the other branch.
+    Where they are known, the other branch need not be compiled.
     """
     try:
         return bool(_largest_variance(blocks) <= near_limit(surrogate))
@@ -220,8 +220,8 @@ def _covariances(
       is_near: from `_is_near`.
     """
     if isinstance(method, Direct):
-        both = (_direct(block, n_classes, surrogate) for block in blocks)
-        return [(v, s if slope else None) for (v, s), slope in zip(both, slopes, strict=True)]
+        results = (_direct(block, n_classes, surrogate) for block in blocks)
+        return [(v, s if slope else None) for (v, s), slope in zip(results, slopes, strict=True)]
 
     def interpolate(blocks: list[Pairs], is_near: bool) -> list[tuple[Array, Array | None]]:
         bits = jnp.finfo(blocks[0].cov12.dtype).bits
@@ -233,9 +233,9 @@ def _covariances(
 
     if is_near is not None:
         return interpolate(blocks, is_near)
-    inside = lax.stop_gradient(_largest_variance(blocks)) <= near_limit(surrogate)
+    traced_is_near = lax.stop_gradient(_largest_variance(blocks)) <= near_limit(surrogate)
     return lax.cond(
-        inside,
+        traced_is_near,
         functools.partial(interpolate, is_near=True),
         functools.partial(interpolate, is_near=False),
         blocks,

@@ -24,22 +24,23 @@ from jax.custom_derivatives import SymbolicZero
 from taylor_softmax._class_axis.terms import Interpolant, ProductSum
 from taylor_softmax._numerics.precision import einsum, matmul
 
-# What rows of factors may take of a core's cache.
+# Bytes of a core's cache that rows of factors may take.
 _CACHED_BYTES = 1 << 21
 
-# Pairs of which derivatives are evaluated at a time, and sums by products of matrices: each keeps
-# a few arrays of their size.
+# Pairs at a time, where derivatives are evaluated and where sums are products of matrices: both
+# keep a few arrays of this size.
 _CACHED_PAIRS, _LOOPED_PAIRS = 1 << 17, 1 << 20
 
-# Which the loop over them is not worth its while below.
+# Columns below which a loop over blocks of them is not worth its while.
 _LEAST_COLUMNS = 32
 
-# Up to so many terms are summed in one fused loop over the pairs: of 270 LLVM no longer vectorises
-# the loop, which takes six times as long as of 240 (measured on a CPU). Two or three such loops
-# instead of products of matrices would take as long in float32, and a quarter less in float64.
+# The most terms that are summed in one fused loop over the pairs. LLVM no longer vectorises a loop
+# over 270 terms, which takes six times as long as one over 240 (measured on a CPU). Two or three
+# such loops instead of products of matrices would take as long in float32, and a quarter less in
+# float64.
 _FUSED_TERMS = 240
 
-# Up to so many derivatives are, too: more would compile for several seconds.
+# The same for derivatives: with more terms the loop would compile for several seconds.
 _FUSED_DERIVATIVE_TERMS = 150
 
 
@@ -56,7 +57,7 @@ def evaluate(
       cov12: `(z, x, y)`.
       var2: `(z, y)`.
       slope: whether `dI / dc` is asked for; None otherwise.
-      many: whether pairs are so many that `_fused` is worth its compilation.
+      many: whether there are so many pairs that `_fused` is worth its compilation.
     """
 
     def quantity(is_slope: bool) -> Array:
@@ -82,17 +83,19 @@ def _differentiable(function: Any, with_partials: Any) -> Any:
     @functools.partial(wrapped.defjvp, symbolic_zeros=True)
     def rule(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
         needed = tuple(i for i in range(3) if not isinstance(tangents[i], SymbolicZero))
-        here = functools.partial(with_partials, needed)
+        with_needed = functools.partial(with_partials, needed)
 
         def with_more(needed: tuple[int, ...], *arguments: Array) -> Any:
-            return _with_partials(here, needed, arguments, tuple(map(jnp.ones_like, arguments)))
+            return _with_partials(
+                with_needed, needed, arguments, tuple(map(jnp.ones_like, arguments))
+            )
 
-        out, partials = _differentiable(here, with_more)(*primals)
+        out, partials = _differentiable(with_needed, with_more)(*primals)
         total = jax.tree.map(jnp.zeros_like, out)
         for i, partial in zip(needed, partials, strict=True):
             tangent = tangents[i]
-            along = (tangent[:, :, None], tangent, tangent[:, None, :])[i]
-            total = jax.tree.map(lambda t, p, along=along: t + p * along, total, partial)
+            direction = (tangent[:, :, None], tangent, tangent[:, None, :])[i]
+            total = jax.tree.map(lambda t, p, d=direction: t + p * d, total, partial)
         return out, total
 
     return wrapped
@@ -101,30 +104,30 @@ def _differentiable(function: Any, with_partials: Any) -> Any:
 def _with_partials(
     function: Any, needed: tuple[int, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, list[Any]]:
-    """`function(*primals)` and its derivatives along those of `tangents` that are needed."""
+    """`function(*primals)` and its derivatives along the needed ones of `tangents`."""
 
     def partial(i: int) -> Any:
-        def along(argument: Any) -> Any:
+        def of_argument(argument: Any) -> Any:
             return function(*primals[:i], argument, *primals[i + 1 :])
 
-        return jax.jvp(along, (primals[i],), (tangents[i],))[1]
+        return jax.jvp(of_argument, (primals[i],), (tangents[i],))[1]
 
     return function(*primals), [partial(i) for i in needed]
 
 
 class _Input(NamedTuple):
-    """What one of the two inputs brings: `(z, x)`, and rows of terms `(degree, rank, z, x)`.
+    """What one of the two inputs contributes: `(z, x)`, and rows of terms `(degree, rank, z, x)`.
 
     Attributes:
-      x: what its variance brings to x of `coordinates`: their product is x at rho = 1.
-      rounding_share, smoothing_share: of `Coordinates`.
+      x: the factor of its variance in x of `coordinates`: the product of both is x at rho = 1.
+      rounding_fraction, smoothing_fraction: of `Coordinates`.
     """
 
     variance: Array
     inverse_sigma: Array
     x: Array
-    rounding_share: Array
-    smoothing_share: Array
+    rounding_fraction: Array
+    smoothing_fraction: Array
     rows: Array
 
 
@@ -151,8 +154,8 @@ def _prepare(interpolant: Interpolant, is_slope: bool, variance: Array) -> _Inpu
         variance,
         1 / sigma,
         jnp.sqrt(variance / (variance + coordinates.rounding)),
-        coordinates.rounding_share(variance),
-        coordinates.smoothing_share(variance),
+        coordinates.rounding_fraction(variance),
+        coordinates.smoothing_fraction(variance),
         q / sigma * rows(interpolant.slope.factors)
         if is_slope
         else q * rows(interpolant.value.factors),
@@ -168,8 +171,8 @@ def _by_recurrence(x: Array, count: int) -> Array:
     """By a loop over the degrees: unrolled, derivatives would take seconds to compile."""
 
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
-        below, here = carry
-        return (here, 2 * x * here - below), below
+        previous, current = carry
+        return (current, 2 * x * current - previous), previous
 
     return lax.scan(step, (jnp.ones_like(x), x), length=count)[1]
 
@@ -206,9 +209,9 @@ def _quantity(
     z, x, y = cov12.shape
     n_terms = sum((interpolant.slope if is_slope else interpolant.value).ranks)
     fused = many and n_terms <= (_FUSED_DERIVATIVE_TERMS if needed else _FUSED_TERMS)
-    # As many columns at a time as have rows that stay in a core's cache: from memory, each pair
-    # would read them all again. Of products of matrices, more. Of derivatives, fewer: XLA keeps
-    # what their sums share.
+    # A block has as many columns as have rows of factors that stay in a core's cache: from memory,
+    # each pair would read them all again. Products of matrices take more columns. Derivatives take
+    # fewer: XLA keeps what their sums share.
     if fused:
         columns = _CACHED_BYTES // (n_terms * cov12.dtype.itemsize)
     else:
@@ -218,9 +221,9 @@ def _quantity(
     n_blocks = -(-y // max(columns, _LEAST_COLUMNS)) if many else 1
 
     def block(first: Any, cov12: Array, second: Any) -> tuple[Array, list[Array]]:
-        inputs, along = zip(first, (cov12, jnp.ones_like(cov12)), second, strict=True)
+        primals, tangents = zip(first, (cov12, jnp.ones_like(cov12)), second, strict=True)
         of_block = functools.partial(_of_block, interpolant, is_slope, fused)
-        return _with_partials(of_block, needed, inputs, along)
+        return _with_partials(of_block, needed, primals, tangents)
 
     if n_blocks == 1:
         return block(first, cov12, second)
@@ -234,7 +237,7 @@ def _quantity(
     def join(blocks: Array) -> Array:
         return jnp.moveaxis(blocks, 0, 2).reshape(z, x, n_blocks * length)[:, :, :y]
 
-    # A loop, since XLA would fuse blocks and what follows into one.
+    # This is a loop, since XLA would fuse blocks and what follows them into one.
     blocks = jax.tree.map(split, (cov12, second))
     return jax.tree.map(join, lax.map(lambda columns: block(first, *columns), blocks))
 
@@ -254,13 +257,13 @@ def _of_block(
         cov12 / second.variance[:, None]
     )
 
-    def one_minus_x_squared(share1: Array, share2: Array) -> tuple[Array, Array]:
+    def one_minus_x_squared(fraction1: Array, fraction2: Array) -> tuple[Array, Array]:
         """At rho = 1, and at rho: positive terms, unless rounding takes rho beyond 1."""
-        share1, share2 = share1[:, :, None], share2[:, None]
-        at_one = share1 + share2 - share1 * share2
+        fraction1, fraction2 = fraction1[:, :, None], fraction2[:, None]
+        at_one = fraction1 + fraction2 - fraction1 * fraction2
         return at_one, jnp.maximum(at_one + (1 - at_one) * one_minus_rho_squared, at_one / 2)
 
-    at_one, at_rho = one_minus_x_squared(first.rounding_share, second.rounding_share)
+    at_one, at_rho = one_minus_x_squared(first.rounding_fraction, second.rounding_fraction)
     if not is_slope:
         r = rho * ((1 + jnp.sqrt(at_one)) / (1 + jnp.sqrt(at_rho)))
         return r * _sum_of_products(interpolant.value, first.rows, second.rows, r, fused=fused)
@@ -268,7 +271,7 @@ def _of_block(
     s = _y(rho * x_one, at_rho) / _y(x_one, at_one)
     squared_weight = at_rho
     if interpolant.coordinates.smoothing:
-        _, squared_weight = one_minus_x_squared(first.smoothing_share, second.smoothing_share)
+        _, squared_weight = one_minus_x_squared(first.smoothing_fraction, second.smoothing_fraction)
     total = _sum_of_products(interpolant.slope, first.rows, second.rows, s, fused=fused)
     return lax.rsqrt(squared_weight) * total
 
@@ -283,9 +286,9 @@ def _y(x: Array, one_minus_x_squared: Array) -> Array:
 @_y.defjvp
 def _y_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     # The derivative of `artanh x = arsinh(x / sqrt(1 - x^2))`, which is smooth at 0.
-    (x, rest), (x_dot, rest_dot) = primals, tangents
-    along = (x_dot - 0.5 * x * rest_dot / rest) * lax.rsqrt(rest + x * x)
-    return _y(x, rest), x_dot + along
+    (x, complement), (x_dot, complement_dot) = primals, tangents
+    artanh_dot = x_dot - 0.5 * x * complement_dot / complement
+    return _y(x, complement), x_dot + artanh_dot * lax.rsqrt(complement + x * x)
 
 
 @functools.partial(jax.jit, static_argnames=("terms", "fused"))
@@ -322,15 +325,15 @@ def _looped(terms: ProductSum, first: Array, second: Array, s: Array) -> Array:
 
     def step(carry: tuple[Array, Array], degree: tuple[Array, ...]) -> Any:
         value, previous = carry
-        times, first, second = degree
+        factor, first, second = degree
         if min(s.shape[1:]) == 1:
             coefficient = jnp.sum(first[:, :, :, None] * second[:, :, None], 0)
         else:
             coefficient = einsum("rzx,rzy->zxy", first, second)
-        return (coefficient + times * s * value - previous, value), None
+        return (coefficient + factor * s * value - previous, value), None
 
-    times = jnp.full(len(terms.ranks), 2, s.dtype).at[0].set(1)
+    factors = jnp.full(len(terms.ranks), 2, s.dtype).at[0].set(1)
     signs = jnp.asarray(terms.signs, s.dtype)[:, :, None, None]
     zero = jnp.zeros_like(s)
-    (value, _), _ = lax.scan(step, (zero, zero), (times, first, signs * second), reverse=True)
+    (value, _), _ = lax.scan(step, (zero, zero), (factors, first, signs * second), reverse=True)
     return value

@@ -34,13 +34,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from taylor_softmax._generated.class_axis import class_axis_order_2
 from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.quadrature import exponential_rule
 from taylor_softmax._numerics.surrogate import Surrogate
 
-# Nodes reach so many standard deviations.
+# Standard deviations that nodes reach to.
 _REACH = 8.5
 
 # The largest standard deviation whose structure the product rule is given the nodes to resolve.
@@ -97,15 +98,17 @@ def pair(
         return lax.cond(var1 > _GRADED_FROM, graded, product, var1, cov12, var2)
 
     def small(cov12: Array) -> tuple[Array, Array]:
-        # Two Gauss-Legendre nodes on [0, c], where I is a polynomial of low degree in c.
-        slopes = lax.map(lambda share: both(share * cov12)[1], _gauss_and_end(cov12))
+        # Two Gauss-Legendre nodes on [0, c] do, since I is a polynomial of low degree in c there.
+        nodes = cov12 * _gauss_nodes_and_end(cov12.dtype)
+        slopes = lax.map(lambda node: both(node)[1], nodes)
         return cov12 * (slopes[0] + slopes[1]) / 2, slopes[2]
 
     return lax.cond(var2 < _SMALL_VARIANCE, small, both, cov12)
 
 
-def _gauss_and_end(like: Array) -> Array:
-    return jnp.asarray([0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12), 1.0], like.dtype)
+def _gauss_nodes_and_end(dtype: DTypeLike) -> Array:
+    """The two Gauss-Legendre nodes on [0, 1], and 1."""
+    return jnp.asarray([0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12), 1.0], dtype)
 
 
 def _elementary(
@@ -149,7 +152,7 @@ def _z_scale(surrogate: Surrogate) -> float:
 
 
 def _z_nodes(variance: Array, surrogate: Surrogate) -> tuple[Array, Array]:
-    """Nodes in the logit `z` and the distance `dz` that each stands for.
+    """Nodes in the logit `z` and their weights `dz`.
 
     At most 0.4 standard deviations apart where the variance is small.
     """
@@ -184,13 +187,13 @@ def _product_rule(
     sigma = jnp.sqrt(var1)
     density = jnp.exp(-((z / sigma) ** 2) / 2) * spacing / (sigma * math.sqrt(2 * math.pi))
     log_f, log_slope = _log_f(z, surrogate)
-    one = _factors(log_f, x[:, None])
-    *two, slope2 = _given(z, var1, cov12, var2, y, surrogate)
-    f_c = matmul(one[1] * (density * log_slope), slope2.T)
-    return _assemble(one, two, density, f_c, x_step * y_step, n_classes)
+    first = _factors(log_f, x[:, None])
+    *second, slope2 = _conditional(z, var1, cov12, var2, y, surrogate)
+    f_c = matmul(first[1] * (density * log_slope), slope2.T)
+    return _assemble(first, second, density, f_c, x_step * y_step, n_classes)
 
 
-def _given(
+def _conditional(
     u: Array, var1: Array, cov12: Array, var2: Array, y: Array, surrogate: Surrogate
 ) -> tuple[Array, Array, Array]:
     """`1 - B`, `B'` and `-B_v`, `(y, u)`: expectations over `v` given `u`.
@@ -203,9 +206,10 @@ def _given(
     mean = cov12 / var1 * u
     v, spacing = _z_nodes(var2, surrogate)
     end = spacing.size // 2
-    # The distance of nodes at `mean`, by what sinh and cosh have to do with each other.
-    here = spacing[end] * jnp.sqrt(1 + (mean / _z_scale(surrogate)) ** 2)
-    safe = jnp.where(tau > here, tau, here)
+    # The distance of nodes at `mean`, by cosh^2 = 1 + sinh^2.
+    spacing_at_mean = spacing[end] * jnp.sqrt(1 + (mean / _z_scale(surrogate)) ** 2)
+    is_wide = tau > spacing_at_mean
+    safe = jnp.where(is_wide, tau, spacing_at_mean)
     wide = jnp.exp(-(((v[:, None] - mean) / safe) ** 2) / 2) * spacing[:, None]
     wide = wide / (safe * math.sqrt(2 * math.pi))
     log_f, log_slope = _log_f(v, surrogate)
@@ -215,42 +219,41 @@ def _given(
     def narrow(total: list[Array], rule: Array) -> tuple[list[Array], None]:
         log_f, log_slope = _log_f(mean + tau * rule[0], surrogate)
         shortfall, rate = _factors(log_f, y[:, None])
-        each = shortfall, rate, rate * log_slope
-        return [t + rule[1] * f for t, f in zip(total, each, strict=True)], None
+        factors = shortfall, rate, rate * log_slope
+        return [t + rule[1] * f for t, f in zip(total, factors, strict=True)], None
 
     node, weight = np.polynomial.hermite_e.hermegauss(14)
     zero = jnp.zeros((y.size, u.size), u.dtype)
     rule = jnp.asarray(np.stack([node, weight / weight.sum()], 1), u.dtype)
     by_gauss, _ = lax.scan(narrow, [zero] * 3, rule)
     shortfall, rate, slope = (
-        jnp.where(tau > here, first, second)
-        for first, second in zip(by_nodes, by_gauss, strict=True)
+        jnp.where(is_wide, nodes, gauss) for nodes, gauss in zip(by_nodes, by_gauss, strict=True)
     )
     return shortfall, rate, slope
 
 
 def _assemble(
-    one: Sequence[Array],
-    two: Sequence[Array],
+    first: Sequence[Array],
+    second: Sequence[Array],
     density: Array,
     f_c: Array,
     cell: Array,
     n_classes: int,
 ) -> tuple[Array, Array]:
     """The double sums, from `(1 - A, A')`, `(x, X)`, and `(1 - B, B')`, `(y, X)`."""
-    shortfall1, slope1 = one[0] * density, one[1] * density
-    value1 = (1 - one[0]) * density
-    shortfall2, slope2 = two[0].T, two[1].T
+    shortfall1, slope1 = first[0] * density, first[1] * density
+    value1 = (1 - first[0]) * density
+    shortfall2, slope2 = second[0].T, second[1].T
     value2 = 1 - shortfall2
-    missing = jnp.sum(shortfall1, 1, keepdims=True) + matmul(value1, shortfall2)
+    one_minus_f = jnp.sum(shortfall1, 1, keepdims=True) + matmul(value1, shortfall2)
     f = matmul(value1, value2)
     f_x, f_y = matmul(slope1, value2), matmul(value1, slope2)
-    return _double_sums(f, missing, f_x, f_y, matmul(slope1, slope2), f_c, cell, n_classes)
+    return _double_sums(f, one_minus_f, f_x, f_y, matmul(slope1, slope2), f_c, cell, n_classes)
 
 
 def _double_sums(
     f: Array,
-    missing: Array,
+    one_minus_f: Array,
     f_x: Array,
     f_y: Array,
     f_xy: Array,
@@ -258,13 +261,13 @@ def _double_sums(
     cell: Array,
     n_classes: int,
 ) -> tuple[Array, Array]:
-    """`I` and `dI / dc`, with `missing = 1 - F` to its own precision."""
-    near_one = missing < 0.5
+    """`I` and `dI / dc`, with `one_minus_f = 1 - F` to its own precision."""
+    near_one = one_minus_f < 0.5
     # Below this, rounding of F, where the integrands are negligible.
     f = jnp.maximum(f, jnp.finfo(f.dtype).eps)
     log_f = jnp.where(
         near_one,
-        jnp.log1p(-jnp.where(near_one, missing, 0)),
+        jnp.log1p(-jnp.where(near_one, one_minus_f, 0)),
         jnp.log(jnp.where(near_one, 1, f)),
     )
     weight = jnp.exp((n_classes - 2) * log_f) * cell
@@ -302,23 +305,23 @@ def _graded_rule(var1: Array, cov12: Array, var2: Array, *, n_classes: int) -> t
     shortfall1, slope1 = _factors(-sigma1 * e, jnp.zeros_like(e))
     shortfall2, slope2 = _smoothed_gumbel(d[:, None] + shift * e, tau_squared)
     value1, value2 = density * (1 - shortfall1), 1 - shortfall2
-    missing1, slope1 = density * shortfall1, density * slope1
+    shortfall1, slope1 = density * shortfall1, density * slope1
     f, f_y = matmul(value1, value2.T), matmul(value1, slope2.T)
     f_x, f_xy = matmul(slope1, value2.T), matmul(slope1, slope2.T)
-    missing1_total = jnp.sum(missing1, 1, keepdims=True)
-    missing = missing1_total + matmul(value1, shortfall2.T)
+    shortfall1_total = jnp.sum(shortfall1, 1, keepdims=True)
+    one_minus_f = shortfall1_total + matmul(value1, shortfall2.T)
 
-    # At c < 0 and d > 0, B is steep where no node is, but A = 1 there, up to what the nodes about
-    # e = 0 see: with the marginal distribution of v, `E[A B] = E[B] - E[(1 - A) B]`.
-    margin, margin_slope = _smoothed_gumbel(shift * xi[:, None] + d, var2)
-    mended_missing = missing1_total + margin - matmul(missing1, shortfall2.T)
-    mend = (cov12 < 0) & (d > 0)
-    missing = jnp.where(mend, mended_missing, missing)
-    f = jnp.where(mend, 1 - mended_missing, f)
-    f_y = jnp.where(mend, margin_slope - matmul(missing1, slope2.T), f_y)
-    mended_x = jnp.sum(slope1, 1, keepdims=True) - matmul(slope1, shortfall2.T)
-    f_x = jnp.where(mend, mended_x, f_x)
-    return _double_sums(f, missing, f_x, f_y, f_xy, f_xy, cell, n_classes)
+    # At c < 0 and d > 0, B is steep where no node is. But A = 1 there, up to what the nodes about
+    # e = 0 resolve: with the marginal distribution of v, `E[A B] = E[B] - E[(1 - A) B]`.
+    marginal, marginal_slope = _smoothed_gumbel(shift * xi[:, None] + d, var2)
+    by_marginal = shortfall1_total + marginal - matmul(shortfall1, shortfall2.T)
+    unresolved = (cov12 < 0) & (d > 0)
+    one_minus_f = jnp.where(unresolved, by_marginal, one_minus_f)
+    f = jnp.where(unresolved, 1 - by_marginal, f)
+    f_y = jnp.where(unresolved, marginal_slope - matmul(shortfall1, slope2.T), f_y)
+    f_x_by_marginal = jnp.sum(slope1, 1, keepdims=True) - matmul(slope1, shortfall2.T)
+    f_x = jnp.where(unresolved, f_x_by_marginal, f_x)
+    return _double_sums(f, one_minus_f, f_x, f_y, f_xy, f_xy, cell, n_classes)
 
 
 def _smoothed_gumbel(w: Array, variance: Array) -> tuple[Array, Array]:
@@ -328,9 +331,11 @@ def _smoothed_gumbel(w: Array, variance: Array) -> tuple[Array, Array]:
     """
     tau = jnp.sqrt(variance)
 
-    def mean(each: Callable[[Array], tuple[Array, Array]], node: np.ndarray, weight: np.ndarray):
+    def mean(
+        function: Callable[[Array], tuple[Array, Array]], node: np.ndarray, weight: np.ndarray
+    ):
         def add(total: tuple[Array, Array], rule: Array) -> tuple[tuple[Array, Array], None]:
-            first, second = each(rule[0])
+            first, second = function(rule[0])
             return (total[0] + rule[1] * first, total[1] + rule[1] * second), None
 
         zero = jnp.zeros_like(w)
@@ -346,12 +351,12 @@ def _smoothed_gumbel(w: Array, variance: Array) -> tuple[Array, Array]:
         # `exponential_rule` has the logarithms of exponential variables: minus Gumbel variables.
         wide = jnp.maximum(tau, 0.5)
 
-        def each(log_tau: Array) -> tuple[Array, Array]:
+        def integrand(log_tau: Array) -> tuple[Array, Array]:
             r = (w + log_tau) / wide
             return jax.scipy.special.ndtr(-r), jnp.exp(-(r**2) / 2) / (
                 wide * math.sqrt(2 * math.pi)
             )
 
-        return mean(each, *exponential_rule(48))
+        return mean(integrand, *exponential_rule(48))
 
     return lax.cond(variance < 1.5, over_gaussian, over_gumbel)

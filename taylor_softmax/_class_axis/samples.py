@@ -11,9 +11,9 @@ is of order 1 at every variance. `derivations/class_axis_grids.py` samples K at 
 the two variances, the correlation and the number of classes, compresses what it finds (a Tucker
 decomposition, with a core of integers) and measures its errors between the nodes.
 
-Softmax and order 2 have one set of samples. Orders from 4 on have another one for small variances,
-where the samples for all of them, in the coordinate delta, are 2 to 10 times worse: in float64 up
-to 30 times at order 32, and 100 times over more than 1,000 classes.
+Softmax and order 2 have one set of samples. Orders from 4 on have another set for small
+variances, where the samples for all variances, in the coordinate delta, are 2 to 10 times worse: in
+float64 up to 30 times at order 32, and 100 times over more than 1,000 classes.
 """
 
 import functools
@@ -51,7 +51,7 @@ class Samples(NamedTuple):
       errors: of value and slope, relative to those at correlation 1, for numbers of classes up to
         each of `CLASS_STEPS` and variances up to each of `VARIANCE_STEPS`, `(5, 2, 4)`: twice the
         largest that were found off the nodes.
-      largest: variance that they span.
+      largest: the largest variance that they span.
     """
 
     core: np.ndarray
@@ -79,7 +79,7 @@ class Samples(NamedTuple):
         """K in Chebyshev coefficients in s, `(x, y, degree, n)`, of `v1: (x,) >= v2: (x, y)`."""
         of_classes = chebyshev.chebvander(class_coordinate(n_classes), len(self.classes) - 1)
         of_larger = chebyshev.chebvander(2 * v1 / self.largest_v - 1, len(self.variance) - 1)
-        smaller = self.coordinates.of_smaller(v1[:, None], v2, self.largest_v)
+        smaller = self.coordinates.smaller_coordinate(v1[:, None], v2, self.largest_v)
         of_smaller = chebyshev.chebvander(smaller, len(self.second) - 1)
         core = self.correlation @ (self.core @ (of_classes @ self.classes).T)
         by_larger = np.tensordot(of_larger @ self.variance, core, 1)
@@ -88,30 +88,31 @@ class Samples(NamedTuple):
 
 
 def near_limit(surrogate: Surrogate) -> float:
-    """The variance up to which fewer terms do, or other samples: most data are within it."""
+    """The variance up to which fewer terms, or other samples, do: most data stay below it."""
     return 100.0 if surrogate.order is None or surrogate.order <= 8 else 20.0
 
 
 def has_near_samples(surrogate: Surrogate) -> bool:
-    """Whether small variances have samples of their own, on as many nodes as others for all."""
+    """Whether small variances have samples of their own, on about as many nodes."""
     return surrogate.order is not None and surrogate.order >= 4
 
 
 def span(surrogate: Surrogate, *, near: bool) -> float:
-    """Largest variance of the samples that serve small ones, or all."""
-    own = near and has_near_samples(surrogate)
-    return near_limit(surrogate) if own else LARGEST_VARIANCE
+    """Largest variance that the samples span: those for small variances, or those for all."""
+    if near and has_near_samples(surrogate):
+        return near_limit(surrogate)
+    return LARGEST_VARIANCE
 
 
 def file_name(surrogate: Surrogate, *, near: bool) -> str:
     function = "softmax" if surrogate.order is None else f"order_{surrogate.order}"
-    own = near and has_near_samples(surrogate)
-    return f"class_axis_{function}{'_near' if own else ''}.npz"
+    suffix = "_near" if near and has_near_samples(surrogate) else ""
+    return f"class_axis_{function}{suffix}.npz"
 
 
 @functools.cache
 def load(surrogate: Surrogate, *, near: bool) -> Samples:
-    """The samples that serve small variances, or all."""
+    """The samples for small variances, or those for all."""
     folder = importlib.resources.files("taylor_softmax._generated")
     with (folder / file_name(surrogate, near=near)).open("rb") as stream, np.load(stream) as stored:
         return unpack(stored, span(surrogate, near=near))
@@ -123,15 +124,15 @@ def unpack(stored: Mapping[str, np.ndarray], largest: float) -> Samples:
     variance, correlation, classes = (stored[k] for k in ("variance", "correlation", "classes"))
     second = stored["second"] if coordinates.ridge else variance
     sizes = second.shape[1], correlation.shape[1], classes.shape[1]
-    # Bytes by significance: the high ones compress to nothing.
+    # Bytes are ordered by significance: the high ones compress to nothing.
     planes = np.ascontiguousarray(stored["core"].T)
     core = planes.view(np.int64).reshape(-1, *sizes[1:]) * stored["unit"]
     if coordinates.ridge:
         core = core.reshape(-1, *sizes)
     else:
         rows, columns = np.triu_indices(sizes[0])
-        half, core = core, np.zeros((sizes[0], *sizes))
-        core[rows, columns] = core[columns, rows] = half
+        upper, core = core, np.zeros((sizes[0], *sizes))
+        core[rows, columns] = core[columns, rows] = upper
     scale, errors = stored["scale"], stored["errors"]
     return Samples(
         core, variance, second, correlation, classes, scale, coordinates, errors, largest

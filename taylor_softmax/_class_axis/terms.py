@@ -35,10 +35,11 @@ from taylor_softmax._class_axis.samples import (
 from taylor_softmax._numerics.quadrature import chebyshev_rule
 from taylor_softmax._numerics.surrogate import Surrogate
 
-# Nodes per variance on which terms are found and errors measured: the first that resolve K.
+# Numbers of nodes per variance on which terms are found and errors measured: the first of them that
+# resolves K is taken.
 _NODES = 48, 72, 108, 162, 243, 324
 
-# Degrees in r that values have before they are cut off.
+# Degrees in r of the values, before they are cut off.
 _VALUE_NODES = 60
 
 
@@ -76,7 +77,7 @@ class Interpolant(NamedTuple):
 
 @functools.cache
 def interpolant(surrogate: Surrogate, n_classes: int, bits: int, *, is_near: bool) -> Interpolant:
-    """Terms that are as good as `bits` of precision are worth.
+    """The terms that an accuracy of `bits` bits is worth.
 
     Args:
       is_near: for variances up to `near_limit(surrogate)` only.
@@ -89,12 +90,12 @@ def interpolant(surrogate: Surrogate, n_classes: int, bits: int, *, is_near: boo
 
     v, slope = _on_nodes(samples, n_classes, math.sqrt(largest), lambda sigma: allowed(sigma)[1])
     sigma = samples.coordinates.sigma(v)
-    of_value, of_slope = allowed(sigma)
+    value_tolerance, slope_tolerance = allowed(sigma)
     at_correlation_1 = np.abs(np.diagonal(slope.sum(0)))
     scale = samples.log_scale(v, np.array([n_classes]))[:, 0]
     return Interpolant(
-        value=_cut(_integrated(slope, sigma, samples.coordinates), 1 / np.sqrt(of_value)),
-        slope=_cut(slope, 1 / np.sqrt(of_slope * at_correlation_1)),
+        value=_cut(_integrated(slope, sigma, samples.coordinates), 1 / np.sqrt(value_tolerance)),
+        slope=_cut(slope, 1 / np.sqrt(slope_tolerance * at_correlation_1)),
         scale=chebyshev_rule(v.size)[1] @ (scale - np.log(n_classes) / 2),
         largest=largest,
         coordinates=samples.coordinates,
@@ -106,9 +107,9 @@ def tolerances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What terms of value and slope are cut off at, at standard deviations `sigma`.
 
-    A part of what is promised, and not below what the samples are known to, which would be terms
-    for noise. The same up to a variance of 1e4, whatever the pair: a call is as good as its largest
-    variance allows. Pairs of unequal variances get the geometric mean.
+    They are a part of what is promised, and not below the errors of the samples: terms beyond these
+    would fit noise. They are the same up to a variance of 1e4, whatever the pair: a call is as good
+    as its largest variance allows. Pairs of unequal variances get the geometric mean.
     """
     is_near = bool(largest <= near_limit(surrogate))
     if bits < 64:
@@ -123,10 +124,11 @@ def tolerances(
     spanned = np.array(VARIANCE_STEPS) <= samples.largest
     log_sigma, log_steps = np.log(sigma), np.log(np.array(VARIANCE_STEPS)[spanned]) / 2
     ends = [0.5 * np.log(1e4), 0.5 * np.log(LARGEST_VARIANCE)]
-    least = np.interp(log_sigma, ends, np.log(wanted))
-    known = np.log(samples.errors[_class_step(n_classes)][:, spanned] / 4)
+    log_wanted = np.interp(log_sigma, ends, np.log(wanted))
+    log_errors = np.log(samples.errors[_class_step(n_classes)][:, spanned] / 4)
     value, slope = (
-        np.exp(np.maximum(least, np.interp(log_sigma, log_steps, error))) for error in known
+        np.exp(np.maximum(log_wanted, np.interp(log_sigma, log_steps, log_error)))
+        for log_error in log_errors
     )
     return value, slope
 
@@ -139,10 +141,10 @@ def error(surrogate: Surrogate, n_classes: int, bits: int, largest: float) -> tu
     """
     step = np.searchsorted(VARIANCE_STEPS, min(largest, LARGEST_VARIANCE))
     samples = load(surrogate, near=bool(largest <= near_limit(surrogate)))
-    known = samples.errors[_class_step(n_classes), :, step]
+    sampled = samples.errors[_class_step(n_classes), :, step]
     cut_off = tolerances(surrogate, n_classes, largest, np.sqrt(np.array([largest])), bits)
     # Between the nodes on which they were cut, terms leave up to three times that (measured).
-    value, slope = (float(each + 4 * cut[0]) for each, cut in zip(known, cut_off, strict=True))
+    value, slope = (float(e + 4 * cut[0]) for e, cut in zip(sampled, cut_off, strict=True))
     return value, slope
 
 
@@ -158,8 +160,8 @@ def _on_nodes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nodes in v, and K in coefficients in s on pairs of them: `(v,)` and `(degree, v, v)`.
 
-    The first of `_NODES` that resolve a ridge, which is narrowest at correlation 1: halfway between
-    nodes what interpolation leaves there is compared with what is allowed.
+    Their number is the first of `_NODES` that resolves the ridge, which is narrowest at correlation
+    1: the error of interpolation there, halfway between nodes, is compared with what is allowed.
 
     Args:
       allowed: of standard deviations, relative to K at correlation 1.
@@ -177,11 +179,11 @@ def _on_nodes(
         slope = np.tril(lower) + np.tril(lower, -1).swapaxes(1, 2)
         between = (nodes[1:] + nodes[:-1]) / 2
         basis = chebyshev.chebvander(between, count - 1) @ to_coefficients
-        found = np.sum(basis @ slope.sum(0) * basis, 1)
+        interpolated = np.sum(basis @ slope.sum(0) * basis, 1)
         between = (between + 1) / 2 * end
         exact = slopes(between, between[:, None])[:, 0].sum(1)
-        wrong = np.abs(found - exact) / np.abs(exact) / allowed(samples.coordinates.sigma(between))
-        if np.max(wrong) < 1:
+        error = np.abs(interpolated - exact) / np.abs(exact)
+        if np.max(error / allowed(samples.coordinates.sigma(between))) < 1:
             break
     return v, slope
 
@@ -220,8 +222,8 @@ def _cut(matrices: np.ndarray, weight: np.ndarray) -> ProductSum:
     low, high = 0, sizes.size - 1
     while high - low > 1:
         middle = (low + high) // 2
-        left = np.tensordot(basis, weighted - rebuilt(sizes[middle]), 1)
-        low, high = (middle, high) if np.max(np.abs(left)) <= 1 else (low, middle)
+        remainder = np.tensordot(basis, weighted - rebuilt(sizes[middle]), 1)
+        low, high = (middle, high) if np.max(np.abs(remainder)) <= 1 else (low, middle)
     kept = size > sizes[low]
     ranks = kept.sum(1)[: np.flatnonzero(kept.any(1))[-1] + 1]
     signs = np.zeros((ranks.size, ranks.max()))

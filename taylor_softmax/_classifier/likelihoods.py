@@ -1,4 +1,4 @@
-"""What the labels say of the logits: the two ways from a kernel to a posterior and its evidence."""
+"""The likelihoods of the labels: two ways from a kernel to a posterior and its evidence."""
 
 import contextlib
 import dataclasses
@@ -27,9 +27,9 @@ class Categorical:
     """Labels with the probabilities `softmax(logits)`, by `categorical_inference`.
 
     Attributes:
-      labels: classes, `(N,)`.
-      n_classes: of which there may be more than in `labels`.
-      tol, max_iterations, progress: as there.
+      labels: the classes of the training inputs, `(N,)`.
+      n_classes: the number of classes; `labels` need not have all of them.
+      tol, max_iterations, progress: as in `categorical_inference`.
     """
 
     labels: np.ndarray
@@ -53,7 +53,7 @@ class Categorical:
             )
 
     def slope(self, posterior: CategoricalPosterior) -> np.ndarray:
-        """Of the evidence, in the kernel."""
+        """The slope of the evidence in the kernel, `(N, N)`."""
         y = _one_hot(self.labels, self.n_classes, posterior)
         n, size = len(y), padded_size(len(y))
         y, alpha, precision = (
@@ -63,14 +63,14 @@ class Categorical:
         return np.asarray(slope.kernel)[:n, :n]
 
     def scale(self, posterior: CategoricalPosterior) -> float:
-        """By which logits of the posterior are to be multiplied."""
+        """The factor by which logits of the posterior are to be multiplied."""
         del posterior
         return 1.0
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Progress goes to stderr, and that it did not converge the posterior says too."""
+    """Shows progress on stderr, and leaves out a warning that repeats what the posterior says."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.filterwarnings("ignore", ".*has not converged", UserWarning)
         yield
@@ -79,7 +79,10 @@ def _quietly() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-    """Regression on labels, by `taylor_softmax._probabilities.regression`; attributes as above."""
+    """Regression on labels, by `taylor_softmax._probabilities.regression`.
+
+    Attributes are those of `Categorical`.
+    """
 
     labels: np.ndarray
     n_classes: int

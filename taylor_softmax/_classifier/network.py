@@ -36,29 +36,32 @@ class Network(NamedTuple):
     get: str
     mask_constant: float | None
 
-    def square(self, x: np.ndarray, at: Hyperparameters) -> np.ndarray:
+    def square(self, x: np.ndarray, hyperparameters: Hyperparameters) -> np.ndarray:
         """The kernel of inputs with themselves, `(N, N)`."""
         n = len(x)
-        return np.asarray(_square(self, _padded(x), at))[:n, :n]
+        return np.asarray(_square(self, _padded(x), hyperparameters))[:n, :n]
 
-    def cross(self, x1: np.ndarray, x2: np.ndarray, at: Hyperparameters) -> np.ndarray:
-        """That of `x1` with others, `(N1, N2)`."""
-        return np.asarray(_cross(self, _padded(x1), _padded(x2), at))[: len(x1), : len(x2)]
+    def cross(self, x1: np.ndarray, x2: np.ndarray, hyperparameters: Hyperparameters) -> np.ndarray:
+        """The kernel of `x1` with `x2`, `(N1, N2)`."""
+        kernel = _cross(self, _padded(x1), _padded(x2), hyperparameters)
+        return np.asarray(kernel)[: len(x1), : len(x2)]
 
-    def variances(self, x: np.ndarray, at: Hyperparameters) -> np.ndarray:
+    def variances(self, x: np.ndarray, hyperparameters: Hyperparameters) -> np.ndarray:
         """The diagonal of `square`, `(N,)`."""
-        return np.asarray(_variances(self, _padded(x), at))[: len(x)]
+        return np.asarray(_variances(self, _padded(x), hyperparameters))[: len(x)]
 
-    def slopes(self, x: np.ndarray, at: Hyperparameters, cotangent: np.ndarray) -> dict[str, float]:
-        """Of `sum(cotangent * square)` in the hyperparameters."""
+    def slopes(
+        self, x: np.ndarray, hyperparameters: Hyperparameters, cotangent: np.ndarray
+    ) -> dict[str, float]:
+        """The slopes of `sum(cotangent * square)` in the hyperparameters."""
         padded = _padded(x)
-        missing = len(padded) - len(x)
-        slopes = _slopes(self, padded, at, np.pad(cotangent, (0, missing)))
+        padding = len(padded) - len(x)
+        slopes = _slopes(self, padded, hyperparameters, np.pad(cotangent, (0, padding)))
         return {name: float(slope) for name, slope in slopes.items()}
 
-    def traced(self, x1: Array, x2: Array | None, at: Mapping[str, Array]) -> Array:
+    def traced(self, x1: Array, x2: Array | None, hyperparameters: Mapping[str, Array]) -> Array:
         """The kernel of the network."""
-        layers = self.build(self.n_classes, **at)
+        layers = self.build(self.n_classes, **hyperparameters)
         if not (isinstance(layers, tuple) and len(layers) == 3):
             raise TypeError(
                 "`network` must return a network of `taylor_softmax.stax`, its functions "
@@ -75,29 +78,29 @@ class Network(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _square(network: Network, x: Array, at: Mapping[str, Array]) -> Array:
-    return network.traced(x, None, at)
+def _square(network: Network, x: Array, hyperparameters: Mapping[str, Array]) -> Array:
+    return network.traced(x, None, hyperparameters)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _cross(network: Network, x1: Array, x2: Array, at: Mapping[str, Array]) -> Array:
-    return network.traced(x1, x2, at)
+def _cross(network: Network, x1: Array, x2: Array, hyperparameters: Mapping[str, Array]) -> Array:
+    return network.traced(x1, x2, hyperparameters)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _variances(network: Network, x: Array, at: Mapping[str, Array]) -> Array:
-    return jax.vmap(lambda each: network.traced(each[None], None, at)[0, 0])(x)
+def _variances(network: Network, x: Array, hyperparameters: Mapping[str, Array]) -> Array:
+    return jax.vmap(lambda one: network.traced(one[None], None, hyperparameters)[0, 0])(x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _slopes(
-    network: Network, x: Array, at: Mapping[str, Array], cotangent: Array
+    network: Network, x: Array, hyperparameters: Mapping[str, Array], cotangent: Array
 ) -> Mapping[str, Array]:
-    return jax.vjp(lambda values: network.traced(x, None, values), at)[1](cotangent)[0]
+    return jax.vjp(lambda values: network.traced(x, None, values), hyperparameters)[1](cotangent)[0]
 
 
 def _padded(x: np.ndarray) -> np.ndarray:
-    """`x` and copies of its first input: a power of two, or three fourths of one, in all."""
+    """`x` and copies of its first input, up to a power of two or three fourths of one."""
     size = 1 << (len(x) - 1).bit_length()
     if len(x) <= 3 * size // 4:
         size = 3 * size // 4

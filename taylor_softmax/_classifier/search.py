@@ -1,4 +1,4 @@
-"""Hyperparameters of the largest evidence."""
+"""The search for the hyperparameters with the largest evidence."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -6,22 +6,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.optimize
 
-# How far the first step goes: of the logarithms of hyperparameters.
-_FIRST = 0.3
-# What is no progress: of the evidence per training input, in nats.
-_PROGRESS = 2e-3
+# Length of the first step, in the logarithms of the hyperparameters.
+_FIRST_STEP = 0.3
+# The search ends at a smaller gain of the evidence per training input, in nats.
+_LEAST_GAIN = 2e-3
 
 
 class Maximum(NamedTuple):
     """Where a search ended.
 
     Attributes:
-      at: the hyperparameters.
+      hyperparameters: those with the largest evidence that was found.
       n_iter: iterations of the optimizer.
-      failure: why it did not reach a maximum, or None.
+      failure: why the search did not reach a maximum, or None.
     """
 
-    at: dict[str, float]
+    hyperparameters: dict[str, float]
     n_iter: int
     failure: str | None
 
@@ -31,26 +31,28 @@ def maximise(
     start: Mapping[str, float],
     max_iter: int,
 ) -> Maximum:
-    """Maximises in the logarithms of the hyperparameters by L-BFGS-B.
+    """Maximises a function of hyperparameters by L-BFGS-B in their logarithms.
 
     Args:
-      function: of hyperparameters; its value, and slopes in them.
-      start: positive values.
-      max_iter: the most iterations.
+      function: returns its value and its slopes at hyperparameters.
+      start: the hyperparameters to start from, positive.
+      max_iter: the largest number of iterations.
     """
     best: tuple[float, dict[str, float]] | None = None
     n_iter = 0
 
     def loss(position: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best
-        at = dict(zip(start, np.exp(_FIRST * position).tolist(), strict=True))
-        value, slopes = function(at)
-        slope = _FIRST * np.array([slopes[name] * at[name] for name in start])
-        if not (np.isfinite(value) and np.all(np.isfinite(slope))):
-            raise FloatingPointError(f"the evidence or its slope is not finite at {shown(at)}")
+        values = np.exp(_FIRST_STEP * position).tolist()
+        hyperparameters = dict(zip(start, values, strict=True))
+        value, slopes = function(hyperparameters)
+        gradient = _FIRST_STEP * np.array([slopes[k] * hyperparameters[k] for k in start])
+        if not (np.isfinite(value) and np.all(np.isfinite(gradient))):
+            where = shown(hyperparameters)
+            raise FloatingPointError(f"the evidence or its slope is not finite at {where}")
         if best is None or value > best[0]:
-            best = value, at
-        return -value, -slope
+            best = value, hyperparameters
+        return -value, -gradient
 
     def count(_: Any) -> None:
         nonlocal n_iter
@@ -59,11 +61,11 @@ def maximise(
     try:
         end = scipy.optimize.minimize(
             loss,
-            np.log(list(start.values())) / _FIRST,
+            np.log(list(start.values())) / _FIRST_STEP,
             jac=True,
             method="L-BFGS-B",
             callback=count,
-            options={"maxiter": max_iter, "ftol": _PROGRESS, "gtol": _PROGRESS},
+            options={"maxiter": max_iter, "ftol": _LEAST_GAIN, "gtol": _LEAST_GAIN},
         )
         failure = None if end.success else str(end.message)
     except FloatingPointError as error:
@@ -73,5 +75,5 @@ def maximise(
     return Maximum(best[1], n_iter, failure)
 
 
-def shown(at: Mapping[str, float]) -> str:
-    return ", ".join(f"{name}={value:.4g}" for name, value in at.items())
+def shown(hyperparameters: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:.4g}" for name, value in hyperparameters.items())

@@ -17,8 +17,8 @@ from neural_tangents._src import empirical
 from taylor_softmax._compat.lending import Overlay, put
 
 
-# `jnp.shape` and `jnp.size` of a ShapeDtypeStruct are deprecated by some JAX versions since 0.5,
-# `jnp.dtype` of an array since 0.8; all three are errors to be. `empirical` uses them so.
+# Some JAX versions since 0.5 deprecate `jnp.shape` and `jnp.size` of a ShapeDtypeStruct, and since
+# 0.8 `jnp.dtype` of an array. All three will become errors. `empirical` calls them in this way.
 def _shape(x: Any) -> tuple[int, ...]:
     return x.shape if hasattr(x, "shape") else jnp.shape(x)
 
@@ -35,7 +35,8 @@ def _get_flops(f: Callable[..., Any], optimize: bool, *args: Any, **kwargs: Any)
     """Replaces its namesake, by which implementation 0 (AUTO) chooses among the others.
 
     `Compiled.cost_analysis()` is a dictionary since JAX 0.5, not a list of one, and has no "flops"
-    where there are none. An implementation that does not support the network is not the best.
+    where there are none. An implementation that does not support the network counts as infinitely
+    expensive.
     """
     try:
         lowered = jax.jit(f).lower(*args, **kwargs)
@@ -55,10 +56,10 @@ def _get_primals_out_and_pullback(
 ) -> tuple[Any, Callable[..., Any]]:
     """Replaces its namesake, for implementation 3 (STRUCTURED_DERIVATIVES).
 
-    That one calls `ad.linearize` with the signature it had before JAX 0.10, and
-    `linear_util.wrap_init` without the `DebugInfo` that is due since 0.5. It wants the jaxpr of the
-    linearised `fn`, to walk through it backwards; `make_jaxpr` of what `jax.linearize` returns is
-    just that. As there, `disable_jit` keeps calls of inner functions out of it.
+    The original calls `ad.linearize` with the signature it had before JAX 0.10, and
+    `linear_util.wrap_init` without the `DebugInfo` that is required since 0.5. It needs the jaxpr
+    of the linearised `fn`, to walk through it backwards. `make_jaxpr` of what `jax.linearize`
+    returns is that jaxpr. As in the original, `disable_jit` keeps calls of inner functions out.
     """
     with jax.disable_jit():
         out, pushforward = jax.linearize(fn, *primals)
@@ -83,9 +84,9 @@ def _get_primals_out_and_pullback(
 def _eqn_vjp_fn(eqn: Any, cotangent: Any, *operands: Any) -> list[Any]:
     """Replaces its namesake, for implementation 3: an equation's cotangents, None where known.
 
-    That one looks up transposition rules, of which JAX 0.10 keeps some elsewhere (slice, scan), and
-    `Primitive.map_primitive` and `ad.reducing_transposes`, gone in 0.10. `jax.linear_transpose` of
-    the primitive finds the rule by itself.
+    The original looks up transposition rules, some of which JAX 0.10 keeps elsewhere (slice, scan),
+    and uses `Primitive.map_primitive` and `ad.reducing_transposes`, which 0.10 removed.
+    `jax.linear_transpose` of the primitive finds the rule by itself.
     """
     if eqn is None:  # the identity
         return [cotangent]
@@ -106,17 +107,18 @@ def _eqn_vjp_fn(eqn: Any, cotangent: Any, *operands: Any) -> list[Any]:
     transpose = jax.linear_transpose(
         apply, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
     )
-    found = dict(zip(unknown, transpose(ad.instantiate_zeros(cotangent)), strict=True))
-    return [found.get(i) for i in range(len(operands))]
+    cotangents = dict(zip(unknown, transpose(ad.instantiate_zeros(cotangent)), strict=True))
+    return [cotangents.get(i) for i in range(len(operands))]
 
 
 def mend() -> None:
     """Installs the above, and gives implementation 3 what it looks up in JAX's modules.
 
-    - `ad.source_info_util`, gone before JAX 0.4.38, is `jax.extend.source_info_util`.
-    - `ad.config`, gone likewise, is asked whether to check types with `core.lattice_join`, gone in
-      0.6: a check of JAX's internals on themselves, left out.
-    - `core.DShapedArray`, gone in 0.8 with the arrays of dynamic shape: no variable has this type.
+    - `ad.source_info_util` was removed before JAX 0.4.38, and is `jax.extend.source_info_util`.
+    - `ad.config` was removed then, too. It says whether to check types with `core.lattice_join`,
+      which 0.6 removed: JAX checks its internals, which is left out.
+    - `core.DShapedArray` was removed in 0.8 with the arrays of dynamic shape: no variable has this
+      type.
     """
     put(
         empirical,

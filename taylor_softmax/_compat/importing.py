@@ -18,7 +18,7 @@ class _RegisterOnUse(importlib.abc.Loader):
     """Loads a lazy module, which enters `sys.modules` only now.
 
     Sooner would be a trap: `inspect.stack()`, `unittest`'s `assertWarns` and others ask every
-    module in `sys.modules` for some attribute, which would load TensorFlow or fail for want of it.
+    module in `sys.modules` for some attribute. That would load TensorFlow, or fail without it.
     """
 
     def __init__(self, package: types.ModuleType, loader: importlib.abc.Loader):
@@ -51,11 +51,11 @@ def import_neural_tangents() -> None:
     """Imports neural_tangents, unless somebody has, with `experimental` lazy.
 
     `neural_tangents/__init__.py` imports `experimental`, which needs TensorFlow and tf2jax. An
-    empty module stands in for it meanwhile. It is not the lazy one itself because the import
+    empty module takes its place during the import. It is not the lazy one itself because the import
     statement looks at the `__spec__` of what it finds in `sys.modules`, which would load it.
 
-    An earlier `import neural_tangents` that failed has left those of its submodules behind that did
-    import. They go first, so that all come from one import.
+    An earlier `import neural_tangents` that failed has left behind the submodules that it could
+    import. They are removed first, so that all modules come from one import.
     """
     if "neural_tangents" in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""Names that one importer sees in another's module, for good or while it imports."""
+"""Names that one module sees in another, for good or during an import."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import jax.extend.core
 class Overlay(types.ModuleType):
     """`module` with a few names replaced, for one importer to see; the module does not change.
 
-    Pickled, as part of an importer's function, it is what that importer sees where it is loaded.
+    It is pickled as part of functions of the importer. Unpickled, it is what the importer sees in
+    that process.
     """
 
     # The importer and the name that it sees this as.
@@ -59,14 +60,16 @@ def _safe_map(f: Callable[..., Any], *args: Any) -> list[Any]:
 def lent_names() -> Iterator[None]:
     """Lends JAX's modules the names that neural_tangents imports from where they used to be.
 
-    - `jax.core.Jaxpr`, `JaxprEqn`, `Literal`, `Primitive`, `Var`: deprecated in JAX 0.4.36, gone in
-      0.6; the same classes are in `jax.extend.core`.
-    - `jax.util.safe_map`, `safe_zip`: deprecated in JAX 0.6, gone in 0.7, and `jax.util` in 0.8.
-    - `jax.interpreters.ad.zeros_like_p`: unused by JAX since 0.4.24, gone in 0.9. neural_tangents
-      registers rules for it; a primitive of its own that no function contains is as good.
+    - `jax.core.Jaxpr`, `JaxprEqn`, `Literal`, `Primitive`, `Var` were deprecated in JAX 0.4.36 and
+      removed in 0.6. The same classes are in `jax.extend.core`.
+    - `jax.util.safe_map`, `safe_zip` were deprecated in JAX 0.6 and removed in 0.7, and `jax.util`
+      in 0.8.
+    - `jax.interpreters.ad.zeros_like_p` has not been used by JAX since 0.4.24, and was removed in
+      0.9. neural_tangents registers rules for it. A new primitive, which no function contains,
+      serves as well.
 
-    A deprecated name counts as missing: JAX makes those up in the module's `__getattr__`, so they
-    are not in `vars(module)`, and lending the successor means that nothing warns.
+    A deprecated name counts as missing: the module's `__getattr__` makes it up, so it is not in
+    `vars(module)`. Lending its successor avoids the warning.
     """
     core_names = ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
     wanted: dict[str, dict[str, Any]] = {

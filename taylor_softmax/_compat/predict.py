@@ -25,15 +25,15 @@ _trace_state: Callable[..., Any] = (
 def _cache_within_trace(maxsize: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replaces `functools.lru_cache`, in which the predict functions keep their factorisations.
 
-    When the first call comes inside `jit` or `scan`, `lru_cache` keeps a tracer, which is dead at
-    the next call. This keeps only what was computed in the trace in which the predict function was
-    made (or, as there, outside any), where it lives as long as the kernel. `maxsize` is never
-    reached: the keys are the few kernels' names.
+    When the first call comes inside `jit` or `scan`, `lru_cache` keeps a tracer, which is no longer
+    valid at the next call. This function keeps only what was computed in the trace in which the
+    predict function was made, or outside any trace if it was made there: such a value is valid as
+    long as the kernel. `maxsize` is never reached: the keys are the names of the few kernels.
     """
     del maxsize
 
     def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
-        born_in = _trace_state(convention="flax")
+        made_in = _trace_state(convention="flax")
         kept: dict[tuple[Any, ...], Any] = {}
 
         @functools.wraps(f)
@@ -41,7 +41,7 @@ def _cache_within_trace(maxsize: int) -> Callable[[Callable[..., Any]], Callable
             if args in kept:
                 return kept[args]
             value = f(*args)
-            if _trace_state(convention="flax") == born_in:
+            if _trace_state(convention="flax") == made_in:
                 kept[args] = value
             return value
 
@@ -61,10 +61,10 @@ def _eigvalsh(a: Any, eigvals: tuple[int, int]) -> Any:
 def mend() -> None:
     """Installs the above, and replaces `jax.core.eval_context` where it is used.
 
-    That is in `predict` and `GlobalSelfAttention`, to compute once and for all, also inside `jit`,
-    what depends on constants only. Since JAX 0.4.36 it refuses tracers (UnexpectedTracerError), so
-    a kernel computed inside `jit` or `vmap` had no predictions. `jax.ensure_compile_time_eval` does
-    what it did: constants are evaluated at once, tracers are traced.
+    `predict` and `GlobalSelfAttention` use it to compute once, also inside `jit`, what depends on
+    constants only. Since JAX 0.4.36 it refuses tracers (UnexpectedTracerError), so a kernel
+    computed inside `jit` or `vmap` had no predictions. `jax.ensure_compile_time_eval` does what
+    `eval_context` did: constants are evaluated at once, tracers are traced.
     """
     core = Overlay(jax.core, eval_context=jax.ensure_compile_time_eval)
     put(linear, jax=Overlay(jax, core=core))
