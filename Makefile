@@ -31,19 +31,19 @@ sequences: $(VENV)/.examples
 	$(BIN)/python examples/sequences.py
 
 test: setup
-	@echo 'One test of each kind: about 6 minutes on two cores the first time, since XLA compiles, then less.'
+	@echo 'One test of each kind: 3 to 4 minutes on two cores the first time, since XLA compiles, then less.'
 	@echo '`make test-all` runs all of the suite but what takes minutes each, which `make test-slow` runs.'
-	$(BIN)/python -m pytest -n auto -m quick
+	$(BIN)/python -m pytest -n auto --dist worksteal -m quick
 
 test-all: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # What `make test` runs, on the oldest JAX that the library supports.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n auto -m quick
+	$(OLDEST)/bin/python -m pytest -n auto --dist worksteal -m quick
 
 # Installs as the README says, and the wheel, in fresh environments: needs a network.
 test-install: setup
@@ -102,13 +102,13 @@ clean:
 $(VENV)/.dev $(VENV)/.examples: $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$*]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[$*]'
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --editable '.[dev]' \
+	$(OLDEST)/bin/uv pip install --quiet --compile-bytecode --python $(OLDEST)/bin/python --editable '.[dev]' \
 		'jax==$(JAX)' 'jaxlib==$(JAX)'
 	touch $@
 

@@ -644,16 +644,21 @@ def cross_attention(**options):
     return stax.GlobalCrossAttention(4, 6, 6, 2, W_query_std=1.5, **options)
 
 
-@pytest.mark.quick
-def test_cross_attention_is_that_of_arrays():
+@pytest.mark.quick(others=False)
+@pytest.mark.parametrize("others", [False, True])
+def test_cross_attention_is_that_of_arrays(others):
+    """Of inputs with each other, and with inputs of other lengths."""
     q1, q2, m1, m2 = (
         np.random.default_rng(i).standard_normal((2, n, 4)) for i, n in enumerate((3, 2, 4, 5))
     )
     m1[0, 3] = m2[1, 3:] = q1[1, 2] = 7.0
+    if not others:
+        q2, m2 = q1, m1
     branches = stax.parallel(stax.Dense(4), stax.Dense(4, W_std=1.3))
     *_, kernel_fn = stax.serial(branches, cross_attention(b_std=0.3, method=FEW))
-    kernel = kernel_fn((q1, m1), (q2, m2), mask_constant=7.0)
-    assert kernel.nngp.shape == (2, 2, 3, 2)
+    second = (q2, m2) if others else None
+    kernel = kernel_fn((q1, m1), second, mask_constant=7.0)
+    assert kernel.nngp.shape == (2, 2, 3, 2 if others else 3)
     assert kernel.cov1.shape == (2, 3, 3)
     *_, of_branches = branches
     queries, memory = of_branches((q1, m1), (q2, m2), mask_constant=7.0)
@@ -666,14 +671,16 @@ def test_cross_attention_is_that_of_arrays():
         queries22=queries.cov2[1],
         ntk12=memory.ntk[0, 1],
         queries_ntk12=queries.ntk[0, 1],
-        present1=np.arange(4) < 3,
-        present2=np.arange(5) < 3,
+        present1=np.any(m1[0] != 7, -1),
+        present2=np.any(m2[1] != 7, -1),
         scale=1.5**2,
         method=FEW,
     )
+    # What queries of the second input are padding is 0.
+    asked = np.any(q2[1] != 7, -1)
     for name, expected in zip(("nngp", "ntk"), moments, strict=True):
-        np.testing.assert_allclose(getattr(kernel, name)[0, 1], expected + 0.3**2, rtol=1e-9)
-    # The query that is not there.
+        expected = np.where(asked, expected + 0.3**2, 0)
+        np.testing.assert_allclose(getattr(kernel, name)[0, 1], expected, rtol=1e-9)
     assert not np.any(kernel.nngp[1, :, 2])
 
 

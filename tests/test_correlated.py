@@ -85,7 +85,6 @@ def test_thirty_classes_at_the_edges_of_what_is_promised(variance):
     agree_with_sampling(np.sqrt(variance) * mean, covariance, error)
 
 
-@pytest.mark.quick
 def of_one_dimension(mean, root):
     """Mean and covariance of softmax at `mean + root x`, `x` standard normal."""
     x = np.linspace(-9, 9, 4001)

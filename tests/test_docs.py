@@ -32,7 +32,6 @@ PUBLIC = ["taylor_softmax"] + [
 ]
 
 
-@pytest.mark.quick(page=PAGES[0])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page, capsys):
     """All of a page, one after the other, in one namespace."""

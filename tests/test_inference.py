@@ -199,7 +199,6 @@ def test_bound_and_slopes_are_those_of_inverse_matrices(inputs):
     assert np.max(np.abs(moved[-1] - slopes[-1])) > 1e-3
 
 
-@pytest.mark.quick
 def test_stationary_in_the_sites():
     """No step of the sites raises the bound."""
     prior, labels, _ = problem(3, 12, 3, 5.0)
@@ -393,6 +392,7 @@ def test_one_input_and_many_classes():
     assert -0.5 < float(posterior.log_evidence) - np.log(1 / 100) < 1e-6
 
 
+@pytest.mark.quick
 def test_float32():
     prior, labels, x = problem(6, 12, 3, 10.0)
     double = predict.categorical_inference(prior, labels)
@@ -405,7 +405,6 @@ def test_float32():
     np.testing.assert_allclose(got, double(*k_test).probabilities, atol=2e-3)
 
 
-@pytest.mark.quick
 def test_classes_that_compete_converge_in_single_precision():
     """Steps of 1 jump from one side of the optimum to the other, which rounding hides."""
     images, labels = load_digits(return_X_y=True)

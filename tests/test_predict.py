@@ -55,7 +55,6 @@ def test_class_posterior_of_gp_inference_and_at_training_points(ensemble):
     np.testing.assert_allclose(posterior.probabilities, jax.nn.softmax(y_train), atol=1e-6)
 
 
-@pytest.mark.quick
 def test_class_posterior_of_classes_that_covary(ensemble):
     """Kernels with `trace_axes=()`: of classes with a covariance of their own, and of none."""
     predict_fn, kernel_fn, x_train, y_train, x_test = ensemble
