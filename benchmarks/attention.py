@@ -154,16 +154,15 @@ def time_table(sizes: tuple[int, ...], repetitions: int) -> str:
     rows = []
     for size in sizes:
         for name in KINDS:
-            row = [f"{size}", name]
+            row, once = [f"{size}", name], 0.0
             for get in ("nngp", ("nngp", "ntk")):
                 progress(f"{size} tokens, {name}, {get}")
                 make = functools.partial(compiled, name, size, get=get)
-                pair = timing.per_pair(make, COUNTS, repetitions)
+                pair, once = timing.per_pair_and_input(make, COUNTS, repetitions)
                 row.append(f"{pair * 1e3:.2f}")
-            # n^2 pairs of both and 2 n of inputs with themselves, beside 2 n inputs.
-            n = COUNTS[0]
-            whole = min(timing.interleaved({n: make(n)}, repetitions)[n])
-            rows.append([*row, f"{(whole - n * (n + 2) * pair) / (2 * n) * 1e3:.1f}"])
+                # Beside two inputs there are two pairs of inputs with themselves.
+                once -= 2 * pair
+            rows.append([*row, f"{once / 2 * 1e3:.1f}"])
     return table(["tokens", "attention", "NNGP", "NNGP and NTK", "an input"], rows)
 
 

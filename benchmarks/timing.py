@@ -51,10 +51,18 @@ def per_pair(
       make: a function of the number of inputs that returns the call for the kernel of all pairs.
       counts: the two numbers of inputs, few and many.
     """
+    return per_pair_and_input(make, counts, repetitions)[0]
+
+
+def per_pair_and_input(
+    make: Callable[[int], Callable[[], Any]], counts: tuple[int, int], repetitions: int
+) -> tuple[float, float]:
+    """`per_pair`, and seconds that each of the inputs of one side adds once."""
     few, many = counts
     times = interleaved({n: make(n) for n in counts}, repetitions)
     best = {n: min(seconds) for n, seconds in times.items()}
-    return (best[many] - many / few * best[few]) / (many**2 - many * few)
+    pair = (best[many] - many / few * best[few]) / (many**2 - many * few)
+    return pair, best[few] / few - few * pair
 
 
 def memory(executable: Any) -> int:

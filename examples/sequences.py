@@ -52,9 +52,10 @@ def attention() -> Any:
 
 
 def network(*middle: Any) -> Any:
-    dense = stax.Dense(CHANNELS, W_std=2**0.5, b_std=0.1), stax.Relu()
+    dense = stax.Dense(CHANNELS, W_std=2**0.5, b_std=0.1)
     ends = stax.GlobalAvgPool(), stax.Dense(1)
-    return stax.serial(*dense, *middle, *dense, *ends)
+    first = dense, stax.Relu(), dense
+    return stax.serial(*first, *middle, stax.Relu(), *ends)
 
 
 def read(part: str) -> tuple[list[np.ndarray], np.ndarray]:
