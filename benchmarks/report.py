@@ -74,6 +74,8 @@ def environment(module: str, given: Sequence[str]) -> str:
     if "--output" in given:  # does not change what the report says
         index = given.index("--output")
         given = given[:index] + given[index + 2 :]
+    # A folder of this machine by its name alone.
+    given = [Path(each).name if Path(each).is_absolute() else each for each in given]
     device, info = jax.devices()[0], Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
