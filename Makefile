@@ -31,7 +31,7 @@ sequences: $(VENV)/.examples
 	$(BIN)/python examples/sequences.py
 
 test: setup
-	@echo 'One test of each kind: 3 to 4 minutes on two cores the first time, since XLA compiles, then less.'
+	@echo 'One test of each kind: about 4 minutes on two cores the first time, since XLA compiles, then less.'
 	@echo '`make test-all` runs all of the suite but what takes minutes each, which `make test-slow` runs.'
 	$(BIN)/python -m pytest -n auto --dist worksteal -m quick
 

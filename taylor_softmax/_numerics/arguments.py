@@ -35,7 +35,7 @@ class _OneLine(reprlib.Repr):
 
 
 shown = _OneLine().repr
-"""A value for a message, on one line: of arrays shape and dtype, of long values a part."""
+"""A value for a message, on one line: shape and dtype of arrays, a part of long values."""
 
 
 def summary(record: Any) -> str:
@@ -73,8 +73,8 @@ def check_n_classes(n_classes: Any) -> int:
 def as_real(**arguments: Any) -> tuple[list[Array], Any]:
     """Public array arguments, given by name, in the dtype to compute in, and that of the result.
 
-    Integers, booleans and (nested) lists of them are taken. float16 and bfloat16 are computed in
-    float32, whose rounding their own hides, and results come back as the arguments came.
+    Integers, booleans and (nested) lists of them are accepted. float16 and bfloat16 are computed in
+    float32, whose rounding is far below theirs. Results have the dtype of the arguments.
 
     Raises:
       TypeError: an argument is complex, or no array of numbers.
@@ -89,7 +89,7 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
             with jax.ensure_compile_time_eval():
                 array = jnp.asarray(value)
         except (TypeError, ValueError):
-            # Not with the error's own message, which may hold the whole value.
+            # JAX's own message may hold the whole value.
             raise TypeError(f"{hint} {shown(value)} of type {type(value).__name__}.") from None
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise TypeError(f"{hint} dtype {array.dtype}. Pass its real part.")
@@ -105,18 +105,18 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
 def concrete(array: Any) -> Any:
     """`array` as one of NumPy, unless it is traced.
 
-    Checks of NumPy's arrays compile nothing, and take place inside `jit` too.
+    Checks of NumPy's arrays compile nothing, and also run inside `jit`.
     """
     return array if isinstance(array, Tracer) else np.asarray(array)
 
 
 def known(array: Any) -> Any:
-    """The numbers of an array, which are known while derivatives by them are traced, too."""
+    """The numbers of an array, which are also known while it is traced for derivatives only."""
     return concrete(lax.stop_gradient(array) if isinstance(array, Tracer) else array)
 
 
 def constant(array: Any) -> Any:
-    """`array`, of which nothing is differentiated."""
+    """`array`, as a constant for derivatives."""
     return lax.stop_gradient(array) if isinstance(array, Array) else array
 
 
@@ -126,9 +126,9 @@ def namespace(*arrays: Any) -> Any:
 
 
 def check_entries(name: str, array: Any, valid: Any, must: str) -> Any:
-    """`valid`, which says of every entry of `array` whether it is; or says which one is not.
+    """Returns `valid`, the validity of every entry of `array`, or raises for one that is not.
 
-    Of traced arrays nothing is known: callers make the results of entries that are not valid NaN.
+    Nothing is known of traced arrays: callers return NaN for their entries that are not valid.
 
     Args:
       name: of the argument.
@@ -162,7 +162,7 @@ def check_pairs(var1: Array, cov12: Array, var2: Array, *, dtype: DTypeLike) -> 
     check_broadcast(var1=var1, cov12=cov12, var2=var2)
     valid = check_variances("var1", var1) & check_variances("var2", var2)
     must = "at most sqrt(var1 * var2) in size"
-    # What rounding and a kernel of finite samples make of them.
+    # Rounding, and kernels of finite samples, exceed the limit by this much.
     slack = max(1e-3, 2 * float(jnp.finfo(dtype).eps))
     return valid & check_covariances("cov12", cov12, var1, var2, slack, must)
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 
 class Running(NamedTuple):
-    """Of the samples so far: sums of squares would cancel where the spread is small.
+    """The samples so far. Sums of squares would cancel where the spread is small.
 
     Attributes:
       n: their number.
@@ -20,7 +20,7 @@ class Running(NamedTuple):
     deviation: Float[Array, "*shape"]
 
     def add(self, samples: Float[Array, "n *shape"]) -> "Running":
-        """With more samples, along the first axis (Chan, Golub & LeVeque 1983)."""
+        """Adds samples along the first axis (Chan, Golub & LeVeque 1983)."""
         more = samples.shape[0]
         mean = jnp.mean(samples, 0)
         total, step = self.n + more, mean - self.mean

@@ -22,8 +22,8 @@ from jax import Array, lax
 
 from taylor_softmax._numerics.arguments import constant, namespace
 
-# Of Taylor softmax over a finite axis: the range in which its kernels are tested. By then they are
-# softmax's own to many digits.
+# The largest order of Taylor softmax over a finite axis whose kernels are tested. At this order
+# they are those of softmax to many digits.
 LARGEST_FINITE_ORDER = 32
 
 # Roots are found with this many decimal digits. The roots of `f_m` are ill-conditioned in double
@@ -34,9 +34,9 @@ _ROOT_DIGITS = 40
 
 @dataclasses.dataclass(frozen=True)
 class Surrogate(abc.ABC):
-    """What a softmax normalises: `y_i = f(z_i) / sum_j f(z_j)`, `f > 0`.
+    """The function `f > 0` that a softmax normalises: `y_i = f(z_i) / sum_j f(z_j)`.
 
-    Hashable, and equal where the function is: a static argument of `jit`.
+    Surrogates are hashable, and equal where their functions are: `jit` takes them as static.
 
     Attributes:
       order: of the Taylor polynomial; None for `exp`.
@@ -63,20 +63,20 @@ class Surrogate(abc.ABC):
     def log_value(self, z: Any) -> Any:
         """`log f(z)`, of the shape of `z`; finite and differentiable for `|z|` up to 1e37.
 
-        Of NumPy's arrays in NumPy, which compiles nothing.
+        NumPy's arrays are computed in NumPy, which compiles nothing.
         """
 
     @abc.abstractmethod
     def relative_change(self, z: Array, step: Array) -> Array:
-        """`f(z + step) / f(z) - 1`, relative to which the error is of the order of rounding."""
+        """`f(z + step) / f(z) - 1`, with an error of rounding relative to this itself."""
 
     @abc.abstractmethod
     def _relative(self, z: Array, axis: int | tuple[int, ...]) -> Array:
-        """`f(z)` over a number of each row's along `axis` that keeps it and its sum finite."""
+        """`f(z)`, divided by a number for each row along `axis` that keeps all sums finite."""
 
     @abc.abstractmethod
     def _relative_slopes(self, z: Array, axis: int) -> tuple[Array, Array, Array]:
-        """`f`, `f'` and `f''` over such a number."""
+        """`f`, `f'` and `f''`, divided by such a number."""
 
     def softmax(
         self, z: Array, *, axis: int | tuple[int, ...] = -1, where: Array | None = None
@@ -90,7 +90,7 @@ class Surrogate(abc.ABC):
           where: boolean, broadcasts with `z`. Entries where it is False leave the sum and become 0.
         """
         if where is not None:
-            # Anything that does not raise the largest, and is finite where nothing is left.
+            # Any value does that does not raise the largest, and is finite where nothing is left.
             z = jnp.where(where, z, jnp.min(jnp.where(where, z, 0), axis=axis, keepdims=True))
         values = self._relative(z, axis)
         if where is None:
@@ -172,7 +172,7 @@ class TaylorPolynomial(Surrogate):
         return _minimiser(self.order)
 
     def log_value(self, z: Any) -> Any:
-        # What a common power of numerator and denominator is to `softmax`, each entry has here.
+        # `softmax` divides by a common power. Here each entry has a power of its own.
         scale, log = self._scale(abs(z)), namespace(z).log
         return log(self._scaled(z, scale)) + self.order * log(scale)
 
@@ -180,7 +180,7 @@ class TaylorPolynomial(Surrogate):
         roots = _quadratic_factors(self.order)
         logarithm = jnp.zeros_like(z * step)
         for real, imag in zip(roots.real, roots.imag, strict=True):
-            # ((z + step - real)^2 + imag^2) / ((z - real)^2 + imag^2), by factors that are finite.
+            # ((z + step - real)^2 + imag^2) / ((z - real)^2 + imag^2), from finite factors.
             size = jnp.maximum(jnp.abs(z - real), imag)
             distance, shift = (z - real) / size, step / size
             change = shift * (2 * distance + shift) / (distance**2 + (imag / size) ** 2)
@@ -202,9 +202,9 @@ class TaylorPolynomial(Surrogate):
         return value, slope, curvature
 
     def _scale(self, largest: Any) -> Any:
-        """What logits of that size are divided by: ratios of `f` don't depend on it.
+        """The number by which logits of that size are divided.
 
-        Nor do their gradients, so that it needs none.
+        Ratios of `f` don't depend on it, nor do their gradients, so that it needs none.
         """
         unit = _quadratic_factors(self.order).unit
         return constant(namespace(largest).maximum(1.0, largest / unit))
