@@ -23,8 +23,8 @@ from jax import Array
 from taylor_softmax import stax
 
 CHANNELS = 12
-# Of rows of the kernel that are computed at once.
-ROWS = 10
+# Rows of the kernel that are computed at once.
+ROWS = 45
 RIDGES = 10.0 ** np.arange(-6, 1)
 PUBLISHED = {
     "Kudo et al. 1999": 0.941,

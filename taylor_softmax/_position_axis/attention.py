@@ -97,7 +97,10 @@ def attention_second_moment(
     (Hron, Bahri, Sohl-Dickstein & Novak 2020, arXiv 2006.10540): those of the layers
     `taylor_softmax.stax.GlobalSelfAttention` and `GlobalCrossAttention` with weights of variance 1
     for values and outputs. Covariances may be singular, and positive semi-definite up to rounding.
-    Differentiable.
+    Differentiable, in the closed form too. Where points are used, derivatives are those of the
+    estimate. In one of `cov11`, `cov12` and `cov22` alone they can be far from those of what is
+    estimated, where keys of the two inputs have correlations near 1: change all of them together,
+    as a hyperparameter of the layers before does, or use `order=2`.
 
     Errors, relative to the largest entries of the inputs with themselves: `ATTENTION_NNGP` and
     `ATTENTION_NTK` in `taylor_softmax._numerics.errors` where all `Q_aa` of an input are equal and
