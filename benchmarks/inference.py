@@ -314,13 +314,18 @@ def measured(inputs: str, name: str, classifier: Any, data: tuple[np.ndarray, ..
     )
 
 
+THEIRS = "GaussianProcessClassifier"
+# The most training inputs for it: on two cores its fit to 1,000 did not end within five minutes.
+MOST_OF_THEIRS = 500
+
+
 def candidates(n_columns: int) -> dict[str, Any]:
     categorical = InfiniteNetworkClassifier(inference="categorical")
     return {
         "InfiniteNetworkClassifier": InfiniteNetworkClassifier(),
         "the same, categorical inference": categorical,
         "temperature-scaled regression": TemperatureScaled(InfiniteNetworkClassifier()),
-        "GaussianProcessClassifier": GaussianProcessClassifier(1.0 * RBF(n_columns**0.5)),
+        THEIRS: GaussianProcessClassifier(1.0 * RBF(n_columns**0.5)),
         "LogisticRegression": LogisticRegression(max_iter=1000),
     }
 
@@ -333,7 +338,8 @@ own optimizer; `LogisticRegression` its own penalty. Temperature-scaled regressi
 that `InfiniteNetworkClassifier()` chooses, which its time includes, and noise and temperature by
 cross-validation. NLL: of the test labels, in nats, with its standard error.
 Calibration error: by ten bins of confidence. Fit: with hyperparameters; the first one of its shape
-also compiles, and is the only one where it takes a minute. In float32."""
+also compiles, and is the only one where it takes a minute. In float32. The fit of
+`GaussianProcessClassifier` to 1,000 images is left out: it did not end within five minutes."""
 
 
 def splits(sizes: tuple[int, ...]) -> Iterable[tuple[str, int, tuple[Any, ...]]]:
@@ -370,6 +376,8 @@ def classifiers(sizes: tuple[int, ...], folder: Path) -> tuple[str, str]:
     for name, n, data in splits(sizes):
         inputs = f"{name}, {n}"
         for classifier, instance in candidates(data[0].shape[1]).items():
+            if classifier == THEIRS and n > MOST_OF_THEIRS:
+                continue
             if any((row.inputs, row.classifier) == (inputs, classifier) for row in rows):
                 continue
             progress(f"{inputs}: {classifier}")
@@ -407,10 +415,11 @@ def draw(digits: list[str], rows: list[Row], path: Path) -> None:
     sizes = [int(each.split()[-1]) for each in digits]
     for name in candidates(1):
         of_name = {row.inputs: row for row in rows if row.classifier == name}
+        there = [each for each in digits if each in of_name]
         left.errorbar(
-            sizes,
-            [of_name[each].nll for each in digits],
-            [of_name[each].error for each in digits],
+            [int(each.split()[-1]) for each in there],
+            [of_name[each].nll for each in there],
+            [of_name[each].error for each in there],
             fmt="o-",
             capsize=3,
             label=name,

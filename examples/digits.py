@@ -1,9 +1,9 @@
 """Classifies handwritten digits with infinite networks that end in softmax.
 
-Computes the NNGP and NTK kernels of two infinitely wide networks (Taylor
-softmax of order 2, and softmax itself), classifies with them, checks kernel
-entries against Monte Carlo, and draws a figure beside this file: `python
-examples/digits.py`.
+`python examples/digits.py` computes the NNGP and NTK kernels of two infinitely
+wide networks: one ends in Taylor softmax of order 2, the other in softmax
+itself. It classifies with them, checks kernel entries against Monte Carlo, and
+draws a figure beside this file.
 """
 
 import os

@@ -1,9 +1,9 @@
 """NNGP and NTK of many digits, tile by tile into a zarr store.
 
-Digits are repeated with noise to as many inputs as wanted; the network ends in
-softmax. Stopped at any time, `--resume` goes on from the tiles that are on
-disk; `--scheduler ADDRESS` computes on a dask cluster, whose workers have to
-reach `--out`. Memory does not grow with the kernel.
+The program repeats digits with noise to as many inputs as wanted. The network
+ends in softmax. You can stop the program at any time: `--resume` goes on from
+the tiles that are on disk. `--scheduler ADDRESS` computes on a dask cluster,
+whose workers have to reach `--out`. Memory does not grow with the kernel.
 """
 
 import argparse

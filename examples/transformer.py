@@ -1,10 +1,10 @@
 """Infinite transformers on handwritten digits, beside what is known.
 
-Digits are 8 tokens, the rows of 8 pixels. Classifies with the kernels of a
-transformer whose attention scales logits by 1/sqrt(d), of one that scales them
-by 1/d (with tied weights: the one that neural_tangents has a kernel of), and of
-a fully connected network; then holds an entry of the first kernel against
-finite networks of growing width. `python examples/transformer.py` draws a
+Digits are 8 tokens, the rows of 8 pixels. `python examples/transformer.py`
+classifies them with three kernels: that of a transformer whose attention scales
+logits by 1/sqrt(d), that of one that scales them by 1/d with tied weights, as
+neural_tangents has it, and that of a fully connected network. Then it compares
+an entry of the first kernel with finite networks of growing width. It draws a
 figure beside this file.
 """
 

@@ -104,7 +104,7 @@ def test_hyperparameters_maximise_the_evidence(inference):
         for factor in (0.7, 1.4):
             moved = {**found, name: factor * found[name]}
             assert evidence(moved) < classifier.log_evidence_ + 0.2
-    # Least squares sees the ratio of the scales alone.
+    # By more than a factor of the kernel, which least squares does not see.
     far = {"W_std": found["W_std"] / 4, "b_std": 4 * found["b_std"], "last_W_std": 0.3}
     assert evidence(far) < classifier.log_evidence_ - 0.5
 

@@ -182,8 +182,8 @@ plt.show()
 # %% [markdown]
 # ## Beside least squares
 #
-# One linear solve, and no iteration; but how sure it is of itself is set by the
-# scale of its targets, which somebody has to choose.
+# One linear solve, and no iteration; but the scale of its targets sets how sure
+# it is of itself, and somebody has to choose that scale.
 
 # %%
 accuracy, nll, error = scores(p_test)
@@ -209,22 +209,28 @@ for scale in (1.0, 4.0, 16.0):
 # ## With scikit-learn's contract
 #
 # The classifier does all of that, for a network of any hyperparameters. It
-# needs a start for each.
+# needs a start for each. With `inference="least_squares"`, its default, it
+# chooses noise and scale of the regression as well: noise by the evidence,
+# scale by the leave-one-out likelihood.
 
 # %%
-classifier = InfiniteNetworkClassifier(
-    functools.partial(body, depth=depth), hyperparameters=START
-)
-classifier.fit(x_train, y_train)
-accuracy, nll, error = scores(classifier.predict_proba(x_test))
-print(
-    f"log evidence {classifier.log_evidence_:.2f}, accuracy {accuracy:.3f}, "
-    f"NLL {nll:.3f} +- {error:.3f}"
-)
+fitted = {}
+for inference in ("categorical", "least_squares"):
+    classifier = InfiniteNetworkClassifier(
+        functools.partial(body, depth=depth),
+        hyperparameters=START,
+        inference=inference,
+    )
+    fitted[inference] = classifier.fit(x_train, y_train)
+    accuracy, nll, error = scores(classifier.predict_proba(x_test))
+    print(
+        f"{inference}: log evidence {classifier.log_evidence_:.2f}, "
+        f"accuracy {accuracy:.3f}, NLL {nll:.3f} +- {error:.3f}"
+    )
 
 # %%
 assert posterior.converged
-assert abs(classifier.log_evidence_ + found[depth].fun) < 1
+assert abs(fitted["categorical"].log_evidence_ + found[depth].fun) < 1
 evidence, nll = curves["last_W_std"]
 assert np.argmax(evidence) == len(FACTORS) // 2
 assert nll[np.argmax(evidence)] < nll.min() + 0.05
