@@ -1,7 +1,7 @@
 """Kernels of more inputs than one machine's memory holds, as lazy `dask.array`s of tiles.
 
-Needs the extra `taylor-softmax[dask]`. What schedules, retries and shows progress is dask; what
-keeps a kernel on disk is zarr.
+This module needs the extra `taylor-softmax[dask]`. dask schedules tiles, tries them again and shows
+progress; zarr keeps a kernel on disk.
 """
 
 from taylor_softmax._distributed.arrays import kernel_array

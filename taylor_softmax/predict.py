@@ -1,4 +1,4 @@
-"""Class probabilities: of Gaussian logits, and of the posterior given labels."""
+"""Class probabilities of Gaussian logits, and of the posterior that labels give them."""
 
 from typing import Any
 
@@ -53,31 +53,33 @@ def class_probabilities(
 ) -> Float[Array, "*batch classes"]:
     """`E[f(z_i) / sum_j f(z_j)]` for Gaussian logits, independent or with a full covariance.
 
-    For independent ones, `z_j ~ N(mean_j, variance_j)`, with `phi_j(t) = E[exp(-t f(z_j))]` and
+    It is the probability of each class where the logits have a Gaussian posterior. Other methods
+    approximate it by the softmax of scaled means, or by samples. For independent logits,
+    `z_j ~ N(mean_j, variance_j)`, it is one integral. With `phi_j(t) = E[exp(-t f(z_j))]` and
     `1 / D = int_0^inf exp(-t D) dt`,
 
-        E[y_i] = int_0^inf -phi_i'(t) prod_{j != i} phi_j(t) dt,
+        E[y_i] = int_0^inf -phi_i'(t) prod_{j != i} phi_j(t) dt.
 
-    without approximation other than quadrature: see the docstring of the module
-    `taylor_softmax._probabilities.moments`. It is the probability of each class where the logits
-    have a Gaussian posterior, which others approximate by the softmax of scaled means or by
-    samples.
+    Quadrature is the only approximation: see the docstring of the module
+    `taylor_softmax._probabilities.moments`.
 
     Largest error for up to 1,000 classes and variances up to 1e4, as tested: 1e-6 in float64, 1e-5
     in float32. Values stay finite beyond. Probabilities are divided by their sum, which differs
     from 1 by about the error: that they sum to 1 says nothing about it.
 
-    With `covariance=` in place of `variance`, `z ~ N(mean, covariance)`: the same rule for the
-    nearest independent logits, and a mean over quasi-random points, the same at every call, of what
-    differs from it (module `taylor_softmax._probabilities.correlated`). Exact for two classes and
-    where covariances are diagonal up to a shift common to all classes, equicorrelated ones for
-    example. Otherwise the largest error, as tested for up to 30 classes, is 1e-4 at variance 1,
-    1e-3 at 10 and 4e-3 at 100; it falls about as `1 / n_points`.
+    With `covariance=` in place of `variance`, `z ~ N(mean, covariance)`. The result is that of the
+    nearest independent logits, plus a mean over quasi-random points of what differs from it (module
+    `taylor_softmax._probabilities.correlated`). The points are the same at every call. The result
+    is exact for two classes, and where covariances are diagonal up to a shift common to all
+    classes: equicorrelated ones, for example. Otherwise the largest error, as tested for up to 30
+    classes, is 1e-4 at variance 1, 1e-3 at 10 and 4e-3 at 100; it falls about as `1 / n_points`.
 
-    Differentiable in all arguments; for independent logits to any order, and at variance 0 too. The
-    derivative in a `covariance` is NaN where that is singular: where a standard deviation along one
-    of its axes, differences between classes for softmax, is below 1e-3 of the largest.
-    Computed in blocks of points, each by the cheapest rule that is fine enough for it. Give many
+    The function is differentiable in all arguments; for independent logits to any order, and at
+    variance 0 too. The derivative in a `covariance` is NaN where that is singular: where a standard
+    deviation along one of its axes is below 1e-3 of the largest. For softmax these are the axes of
+    differences between classes.
+
+    Points are computed in blocks, each by the cheapest rule that is fine enough for it. Give many
     points as leading axes: under `vmap` every point is computed by all of the rules.
 
     Args:
@@ -115,15 +117,17 @@ def class_probability_covariance(
 ) -> Float[Array, "*batch classes classes"]:
     """`Cov[y_i, y_j]` of `y = f(z) / sum_j f(z_j)` for Gaussian logits.
 
-    For independent ones from `E[y_i y_j] = int_0^inf t phi_i' phi_j' prod_{k != i, j} phi_k dt`
-    (for `i = j`: `t phi_i'' prod_{k != i} phi_k`), in a form in which nothing cancels: see the
-    docstring of the module `taylor_softmax._probabilities.moments`. Symmetric; positive
-    semi-definite and with rows that sum to 0 up to rounding. As accurate as `class_probabilities`,
-    whose arguments and errors it has; with a full `covariance` of the logits positive semi-definite
-    up to that error.
+    For independent logits it follows from
+    `E[y_i y_j] = int_0^inf t phi_i' phi_j' prod_{k != i, j} phi_k dt` (for `i = j`:
+    `t phi_i'' prod_{k != i} phi_k`). The form that is computed cancels nowhere: see the docstring
+    of the module `taylor_softmax._probabilities.moments`.
+
+    The function has the arguments, errors and accuracy of `class_probabilities`. The result is
+    symmetric, positive semi-definite, and has rows that sum to 0, up to rounding. With a full
+    `covariance` of the logits it is positive semi-definite up to its error.
 
     Returns:
-      Covariances, shape `(..., C, C)`. They are of the probabilities; that of the one-hot label is
+      Covariances of the probabilities, shape `(..., C, C)`. That of the one-hot label is
       `diag(p) - p p^T` with `p` the `class_probabilities`.
     """
     return _covariance(_moments(mean, variance, covariance, order, method, second=True))
@@ -134,15 +138,16 @@ def expected_log_normalizer(
 ) -> Float[Array, "*batch"]:
     """`E[log sum_j exp z_j]` for independent Gaussian logits `z_j ~ N(mean_j, variance_j)`.
 
-    With it the expected log-likelihood of a label is `mean_y - E[log sum_j exp z_j]`, as
-    variational inference needs it. One integral, that of `class_probabilities`: see the docstring
-    of the module `taylor_softmax._probabilities.log_normalizer`.
+    Variational inference needs it: the expected log-likelihood of a label is
+    `mean_y - E[log sum_j exp z_j]`. It is one integral, that of `class_probabilities`: see the
+    docstring of the module `taylor_softmax._probabilities.log_normalizer`.
 
-    Largest error for up to 1,000 classes and variances up to 1e4, over the larger of 1 and the
-    value: 1e-6 in float64, 1e-5 in float32.
+    The largest error for up to 1,000 classes and variances up to 1e4 is 1e-6 in float64 and 1e-5 in
+    float32, relative to the larger of 1 and the value.
 
-    Differentiable to any order. The gradient in the means is `class_probabilities(mean, variance)`
-    and that in the variances `E[y (1 - y)] / 2`; both come at the cost of the value.
+    The function is differentiable to any order. The gradient in the means is
+    `class_probabilities(mean, variance)`, and that in the variances `E[y (1 - y)] / 2`. Both come
+    at the cost of the value.
 
     Args:
       mean: means of the logits, shape `(..., C)`; `-inf` excludes a class.
@@ -162,9 +167,9 @@ def expected_log_normalizer(
 def class_posterior(gaussian: Any, *, order: Validated[int | None] = None) -> ClassPosterior:
     """Class probabilities of a posterior over logits as neural-tangents returns it.
 
-    Of a network without its last softmax, whose outputs are independent over classes. Predictions
-    from the kernel of its probabilities, behind the softmax, are no logits, which nothing here can
-    tell: make `kernel_fn` of the layers up to `Dense(n_classes)`.
+    The posterior must be that of a network without its last softmax: make `kernel_fn` of the layers
+    up to `Dense(n_classes)`. Predictions from the kernel behind the softmax are not logits, and
+    this function cannot tell them from logits.
 
         predict_fn = nt.predict.gradient_descent_mse_ensemble(kernel_fn, x_train, y_train)
         posterior = class_posterior(predict_fn(x_test=x_test, get="ntk", compute_cov=True))
@@ -222,8 +227,7 @@ def _moments(
     if (variance is None) == (covariance is None):
         given = "neither" if variance is None else "both"
         raise ValueError(
-            "One of `variance`, of independent logits, and `covariance` must be given, got "
-            f"{given} of them."
+            f"Pass either `variance`, of independent logits, or `covariance`, got {given}."
         )
     if covariance is None:
         if method is not None:

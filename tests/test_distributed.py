@@ -376,7 +376,7 @@ def test_what_is_there_is_not_written_over(whole, zarr, tmp_path):
     with pytest.raises(FileExistsError, match=r"`resume=True`.*whole"):
         store(whole, NETWORK, X1, chunks=10)
     zarr.create_group(tmp_path / "g").create_array("x", shape=(2,), dtype="f4")
-    with pytest.raises(ValueError, match="`url` holds something else"):
+    with pytest.raises(ValueError, match="`url` must be empty or hold a kernel"):
         store(tmp_path / "g", NETWORK, X1, resume=True)
     zarr.create_array(tmp_path / "a", shape=(2,), dtype="f4")
     with pytest.raises(ValueError, match="`url` must be a zarr group"):

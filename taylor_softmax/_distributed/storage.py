@@ -39,29 +39,29 @@ def store(
 ) -> Any:
     """Computes kernels tile by tile into a zarr group, or goes on with what a stopped run left.
 
-    The group has an array `(N1, N2)` for each kernel, in chunks of a tile, NaN where it is not
-    computed yet, and `done`: of each tile the checksum, written after it. A tile counts as whole if
-    it is what its checksum says, and is computed again otherwise.
+    The group has an array `(N1, N2)` for each kernel, in chunks of a tile. An entry that is not
+    computed yet is NaN. The array `done` has the checksum of each tile, which is written after the
+    tile. A tile that does not have its checksum is computed again.
 
     Args:
-      url: of the group, as `zarr.open_group` takes it: a path, or a store. Workers write into it,
-        so for a cluster it has to be where all of them reach it.
+      url: the group, as `zarr.open_group` takes it: a path, or a store. Workers write into it, so
+        all workers of a cluster must reach it.
       kernel_fn, x1, x2, get, chunks, dtype: as those of `kernel_array`.
-      resume: go on from the tiles that `url` has. Without any it starts, so that the same command
-        does for both. Several that start at once share the store, and each computes what it finds
-        missing.
+      resume: whether to go on from the tiles that `url` has. It starts where there are none, so the
+        same command starts and resumes. Several processes that run at once share the store, and
+        each computes what it finds missing.
       compute: False returns a `dask.delayed.Delayed` which writes the tiles when it is computed.
 
     Returns:
-      The stored kernels, as `kernel_array` returns its own, reading from the store.
+      The stored kernels, in the form that `kernel_array` returns, read from the store.
 
     Raises:
       ImportError: dask or zarr is not installed.
       FileExistsError: `url` is not empty, and `resume` is False.
-      ValueError: what `url` holds comes from another shape, dtype, `chunks`, `get`, other inputs,
-        or another `kernel_fn`, or from no kernel at all, or its metadata can't be read; what
-        `kernel_array` raises.
-      OSError: the disk is too small, or a tile could not be written. What is whole remains.
+      ValueError: `url` holds a kernel of another shape, dtype, `chunks`, `get`, of other inputs or
+        of another `kernel_fn`; it holds no kernel; its metadata can't be read; or `kernel_array`
+        raises it.
+      OSError: the disk is too small, or a tile could not be written. Whole tiles remain.
     """
     resume, compute = check_boolean("resume", resume), check_boolean("compute", compute)
     plan = make_plan(kernel_fn, x1, x2, get, chunks, dtype)
@@ -119,8 +119,8 @@ class _Target:
                 self.done[place] = _marker(checksum)
         except OSError as error:
             message = (
-                f"Tile {(i, j)} can't be written to {self.url}: {error}. Tiles that are whole "
-                f"remain: with that mended, `resume=True` goes on from them."
+                f"Tile {(i, j)} can't be written to {self.url}: {error}. Whole tiles remain. Mend "
+                f"the cause, and go on from them with `resume=True`."
             )
             raise OSError(error.errno or errno.EIO, message) from error
 
@@ -178,12 +178,12 @@ def _open(url: Any, plan: Plan, resume: bool) -> _Target:
     group = _existing(zarr, url, where)
     found = None if group is None else group.attrs.get(_ATTRIBUTE)
     if group is not None and found is None and (dict(group.attrs) or len(group) > 0):
-        raise ValueError(f"`url` holds something else than a kernel of this library: {where}.")
+        raise ValueError(f"`url` must be empty or hold a kernel of this library, got {where}.")
     if found is not None and not resume:
         raise FileExistsError(
             errno.EEXIST,
-            f"There is a kernel already, whole or in part: pass `resume=True` to go on with it, or "
-            f"another `url` than {where}",
+            f"`url` holds a kernel already, whole or in part. Pass `resume=True` to go on with it, "
+            f"or another `url` than {where}",
         )
     origin = _origin(plan)
     # Several may start at once. Each writes the same metadata, and takes what another wrote first:
@@ -242,8 +242,8 @@ def _readable(file: str, read: Callable[[], Any]) -> Any:
     except json.JSONDecodeError as error:
         raise _Unreadable(
             f"`url` holds metadata that can't be read, in {file}: {error}. If another run is "
-            "writing it, start again; if not, remove this file, and `resume=True` goes on with "
-            "what is whole."
+            "writing it, start again. If not, remove this file, and go on from the whole tiles "
+            "with `resume=True`."
         ) from error
 
 

@@ -25,10 +25,11 @@ class _Mixture:
 
     def __bool__(self) -> bool:
         raise NotImplementedError(
-            "This network has a softmax over finitely many classes in its middle: the dense layer "
-            "behind it is a mixture of Gaussians, not a Gaussian, so that kernels of layers other "
-            "than linear ones are not known. Use `infinite_width=True` in the softmax, or put it "
-            "at the end of the network; `neural_tangents.monte_carlo_kernel_fn` samples any."
+            "This network has a softmax over finitely many classes in its middle. The outputs of "
+            "the dense layer behind it are a mixture of Gaussians, not a Gaussian, so kernels of "
+            "layers that are not linear are not known. Use `infinite_width=True` in the softmax, "
+            "or put it at the end of the network; `neural_tangents.monte_carlo_kernel_fn` samples "
+            "any network."
         )
 
     def __repr__(self) -> str:

@@ -36,29 +36,30 @@ def LogSoftmax(
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Log-softmax over classes: `l_i = z_i - log sum_j exp z_j`.
 
-    The input must be Gaussian, that is, come from `Dense`, `Conv` or another layer with random
-    weights. With `a, c, b` the entries of `cov1`, `nngp`, `cov2`, `Theta` the incoming `ntk`, `n`
-    the number of channels, here called classes, `I` the `taylor_softmax.class_covariance` of
-    softmax and `M(a) = E[log sum_j exp z_j]`,
+    The input must be Gaussian, that is, it must come from `Dense`, `Conv` or another layer with
+    random weights. Let `a, c, b` be the entries of `cov1`, `nngp`, `cov2`, `Theta` the incoming
+    `ntk`, `n` the number of channels, here called classes, `I` the
+    `taylor_softmax.class_covariance` of softmax, and `M(a) = E[log sum_j exp z_j]`. Then
 
         nngp = c (1 - 1/n) + M(a) M(b) + (n - 1) int_0^c I(a, x, b) dx,
-        ntk = Theta (1 - 1/n + (n - 1) I(a, c, b)):
+        ntk = Theta (1 - 1/n + (n - 1) I(a, c, b)).
 
-    expectations over initialisations, of the products of one class's outputs and gradients, by
-    Stein's lemma and Price's theorem (derivation in the docs, "Which layer may stand where").
-    `taylor_softmax.class_kernel` gives those of all pairs of classes. Outputs have a mean,
-    `-M(a)`, that shows in the NNGP; what may stand before and behind is as with `Softmax`.
+    These are expectations over initialisations of the products of one class's outputs and
+    gradients. They follow from Stein's lemma and Price's theorem (the docs derive them in "Which
+    layer may stand where"). `taylor_softmax.class_kernel` gives those of all pairs of classes.
+    Outputs have a mean, `-M(a)`, that shows in the NNGP. The same layers may stand before and
+    behind as with `Softmax`.
 
-    Largest error over that of a class with itself at the larger variance, as tested: 1e-6 up to a
-    variance of 1e4 in float64, 1e-4 in float32.
+    The largest error, relative to the value of a class with itself at the larger variance, is as
+    tested 1e-6 in float64 and 1e-4 in float32, up to a variance of 1e4.
 
-    As the output of a network that is trained with a cross-entropy it is needed where its kernel is
-    meant; training in function space takes the logits, see `taylor_softmax.losses.cross_entropy`.
+    Use it where you want the kernel of log-probabilities. Training in function space takes the
+    logits instead: see `taylor_softmax.losses.cross_entropy`.
 
-    Masks pass through unchanged; masked outputs are 0.
+    Masks pass through unchanged. Masked outputs are 0.
 
     Args:
-      axis: to normalise over: the channel axis. `apply_fn` takes any.
+      axis: what to normalise over: the channel axis. `apply_fn` takes any axis.
       batch_axis: batch axis of the inputs.
       method: how `kernel_fn` evaluates `I`, see `taylor_softmax.methods`; None chooses.
 
@@ -68,8 +69,8 @@ def LogSoftmax(
     Raises:
       TypeError, ValueError: `axis` is out of range or the batch axis; `method` does not apply; the
         input of `kernel_fn` is not Gaussian.
-      NotImplementedError: `kernel_fn` over other axes than that of the channels, or behind
-        `LayerNorm`.
+      NotImplementedError: `kernel_fn` is called over other axes than that of the channels, or
+        behind `LayerNorm`.
     """
     axis, batch_axis = check_axes(axis), check_batch_axis(batch_axis)
     method = class_axis.check_method(method, Exponential())

@@ -43,35 +43,36 @@ def TaylorSoftmax(
 ) -> InternalLayer:
     """Taylor softmax: `y_i = f(z_i) / sum_j f(z_j)` with `f(z) = sum_{k <= order} z^k / k!`.
 
-    The input must be Gaussian, that is, come from `Dense`, `Conv` or another layer with random
-    weights. With `a, c, b` the entries of `cov1`, `nngp`, `cov2`, `Theta` the incoming `ntk` and
-    `n` the number of channels, here called classes:
+    The input must be Gaussian, that is, it must come from `Dense`, `Conv` or another layer with
+    random weights. Let `a, c, b` be the entries of `cov1`, `nngp`, `cov2`, `Theta` the incoming
+    `ntk`, and `n` the number of channels, here called classes. The layer has three kinds of axes:
 
-    - Finite channel axis (the default):
-      `nngp = 1/n^2 + (1 - 1/n) I(a, c, b; n)` and `ntk = Theta (1 - 1/n) dI/dc`, with `I` of
-      `taylor_softmax.class_covariance`. They are expectations over initialisations, of the
-      products of one class's outputs and gradients; `taylor_softmax.class_kernel` gives those of
-      all pairs of classes.
-    - `infinite_width=True`: the output is multiplied by `n`, and has the limit `f(z_i) / E[f]` as
-      `n` grows. `nngp = E[f(u) f(v)] / (E[f(u)] E[f(v)])` and
-      `ntk = Theta E[f'(u) f'(v)] / (E[f(u)] E[f(v)])`, elementwise; the layer can stand in the
+    - A finite channel axis, the default. With `I` of `taylor_softmax.class_covariance`,
+      `nngp = 1/n^2 + (1 - 1/n) I(a, c, b; n)` and `ntk = Theta (1 - 1/n) dI/dc`. These are
+      expectations over initialisations of the products of one class's outputs and gradients.
+      `taylor_softmax.class_kernel` gives those of all pairs of classes.
+    - A channel axis with `infinite_width=True`. The output is multiplied by `n`, and tends to
+      `f(z_i) / E[f]` as `n` grows. `nngp = E[f(u) f(v)] / (E[f(u)] E[f(v)])` and
+      `ntk = Theta E[f'(u) f'(v)] / (E[f(u)] E[f(v)])`, elementwise. This layer can stand in the
       middle of a network.
-    - Spatial axes: a softmax over the positions along `axis` of each channel, with whatever
-      covariance they have: `nngp = E[y(u) y(v)^T]` of `taylor_softmax.joint_second_moment`, and
+    - Spatial axes. Each channel has a softmax over its positions along `axis`, whatever their
+      covariance. `nngp = E[y(u) y(v)^T]` of `taylor_softmax.joint_second_moment`, and
       `ntk = E[J(u) Theta J(v)^T]` with `J` the Jacobian of `y`. Positions along the other spatial
       axes have softmaxes of their own, which covary.
 
-    Taylor softmax is due to de Brebisson & Vincent 2016 (arXiv 1511.05042). Its kernel differs
-    from that of softmax by more the larger the variance: use `Softmax` where softmax is meant.
+    Taylor softmax is due to de Brebisson & Vincent 2016 (arXiv 1511.05042). The larger the
+    variance, the more its kernel differs from that of softmax: use `Softmax` where you mean
+    softmax.
 
-    Masks pass through unchanged. Masked positions leave the sum over spatial axes. float16 and
-    bfloat16 are computed in float32, inputs and kernels alike.
+    Masks pass through unchanged. Masked positions leave the sum over spatial axes. Inputs and
+    kernels in float16 and bfloat16 are computed in float32.
 
     Args:
-      order: of the Taylor polynomial; even, so that `f > 0`, and up to 32 over a finite axis. None,
-        the default, is softmax itself, `f = exp`.
-      axis: to normalise over: the channel axis, or one spatial axis or several.
-      infinite_width: multiply by the size of the axis, and take its limit in `kernel_fn`.
+      order: order of the Taylor polynomial. It is even, so that `f > 0`, and at most 32 over a
+        finite axis. None, the default, is softmax itself, `f = exp`.
+      axis: what to normalise over: the channel axis, or one spatial axis or several.
+      infinite_width: whether to multiply by the size of the axis, and to take the limit of infinite
+        width in `kernel_fn`.
       batch_axis: batch axis of the inputs.
       method: how `kernel_fn` evaluates, see `taylor_softmax.methods`; None, the default, chooses.
 
@@ -80,11 +81,11 @@ def TaylorSoftmax(
 
     Raises:
       TypeError, ValueError: `order` is not an even positive integer; `axis` is out of range or is
-        the batch axis; `method` does not apply to it; the input of `kernel_fn` is not Gaussian.
-        `infinite_width=True` without an order, where a concrete kernel overflows: exp of variances
-        beyond 88 in float32, 709 in float64. Inside `jit` it is infinite.
-      NotImplementedError: `kernel_fn` for what has no kernel here, naming what has; `order` beyond
-        32 over a finite axis.
+        the batch axis; `method` does not apply to it; the input of `kernel_fn` is not Gaussian; the
+        kernel of `infinite_width=True` without an order overflows, which is exp of variances beyond
+        88 in float32 and 709 in float64. Inside `jit` it is infinite.
+      NotImplementedError: the network has no kernel here, and the message says which has; or
+        `order` is beyond 32 over a finite axis.
     """
     return _softmax_layer(order, axis, infinite_width, batch_axis, method)
 
@@ -100,9 +101,9 @@ def Softmax(
 ) -> InternalLayer:
     """Softmax: `y_i = exp(z_i) / sum_j exp(z_j)`.
 
-    The limit of `TaylorSoftmax` as its order grows, `TaylorSoftmax(order=None)`; arguments, kernels
-    and errors are those of `TaylorSoftmax`. With `infinite_width=True` `nngp = exp(c)` and
-    `ntk = Theta exp(c)`, exactly.
+    It is the limit of `TaylorSoftmax` as its order grows, and the same as
+    `TaylorSoftmax(order=None)`. Arguments, kernels and errors are those of `TaylorSoftmax`. With
+    `infinite_width=True` `nngp = exp(c)` and `ntk = Theta exp(c)`, exactly.
     """
     return _softmax_layer(None, axis, infinite_width, batch_axis, method)
 
