@@ -9,7 +9,6 @@ import taylor_softmax
 from taylor_softmax import losses, monte_carlo, nn, predict, stax
 
 X = np.float32([[0.0, 1.0, 2.0], [3.0, -1.0, 0.5]])
-COVARIANCE = np.eye(3, dtype=np.float32)
 LABELS = np.array([0, 1])
 ATTENTION = (8, 8, 8, 2, False)
 
@@ -21,6 +20,10 @@ def kernel(*layers, get="ntk"):
 
 def of_tokens(layer):
     return lambda x: kernel(stax.Dense(8), layer)(x[:, :, None])
+
+
+def identity(x):
+    return np.eye(3, dtype=x.dtype)
 
 
 def kernel_with(x):
@@ -41,12 +44,13 @@ CALLS = {
     "class covariance": lambda x: taylor_softmax.class_covariance(
         x[0, 1], x[0, 0], x[0, 1], n_classes=5
     ),
-    "probabilities": lambda x: predict.class_probabilities(x, jnp.float32(1)),
+    "probabilities": lambda x: predict.class_probabilities(x, x.dtype.type(1)),
+    "probabilities of integers": lambda x: predict.class_probabilities(x, np.array([1, 2, 3])),
     "covariance of probabilities": lambda x: predict.class_probability_covariance(x, x**2),
-    "logits that covary": lambda x: predict.class_probabilities(x, covariance=COVARIANCE),
+    "logits that covary": lambda x: predict.class_probabilities(x, covariance=identity(x)),
     "log-normaliser": lambda x: predict.expected_log_normalizer(x, x**2),
     "evidence": lambda x: predict.categorical_log_evidence(kernel_with(x), LABELS),
-    "cross entropy": lambda x: losses.cross_entropy(2, margin=0.5)(x, COVARIANCE[:2]),
+    "cross entropy": lambda x: losses.cross_entropy(2, margin=0.5)(x, identity(x)[:2]),
     "log of a Taylor softmax": lambda x: nn.log_taylor_softmax(x, order=4),
     "sampled logits": lambda x: monte_carlo.joint_second_moment(
         jax.random.key(0), *(x.T @ x,) * 3, n_samples=10
@@ -64,14 +68,16 @@ def test_a_fault_is_found():
         jax.eval_shape(lambda x: x + jnp.int32(1), X)
 
 
-@pytest.mark.quick(name="classes")
-@pytest.mark.quick(name="causal attention")
-@pytest.mark.quick(name="logits that covary")
+@pytest.mark.quick(name="classes", x64=True)
+@pytest.mark.quick(name="causal attention", x64=False)
+@pytest.mark.quick(name="logits that covary", x64=False)
+@pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_values_and_gradients(name):
-    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(False):
-        value = jax.eval_shape(CALLS[name], X)
-        assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {np.dtype(np.float32)}
+def test_values_and_gradients(name, x64):
+    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(x64):
+        x = X.astype(np.float64 if x64 else np.float32)
+        value = jax.eval_shape(CALLS[name], x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {x.dtype}
         if name != "sampled logits":
-            slope = jax.eval_shape(jax.grad(lambda x: leaves(CALLS[name](x))), X)
-            assert slope.dtype == np.float32
+            slope = jax.eval_shape(jax.grad(lambda x: leaves(CALLS[name](x))), x)
+            assert slope.dtype == x.dtype

@@ -166,7 +166,7 @@ def _is_near(blocks: Sequence[Pairs], surrogate: Surrogate) -> bool | None:
 
 def _largest_variance(blocks: Sequence[Pairs]) -> Array:
     variances = [array for block in blocks for array in (block.var1, block.var2) if array.size]
-    return functools.reduce(jnp.maximum, (jnp.max(array) for array in variances), jnp.zeros(()))
+    return functools.reduce(jnp.maximum, map(jnp.max, variances)) if variances else jnp.zeros(())
 
 
 class _Layout:

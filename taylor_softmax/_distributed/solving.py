@@ -10,6 +10,7 @@ import scipy.linalg
 
 from taylor_softmax._distributed.optional import LazyArray, compute, da
 from taylor_softmax._numerics.arguments import Validated, check_boolean, check_integer
+from taylor_softmax._numerics.precision import single_at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def solve(
     kernel = kernel.rechunk((size, size))
     reg = diag_reg if absolute else diag_reg * da.diagonal(kernel).mean()
     columns = y.reshape(-1, 1) if y.ndim == 1 else y
-    columns = columns.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    columns = columns.astype(single_at_least(kernel.dtype))
     if isinstance(method, ConjugateGradients):
         reg, right = compute(reg, columns)
         right = np.asarray(right, np.float64)

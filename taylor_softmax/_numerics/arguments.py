@@ -11,6 +11,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from taylor_softmax._numerics.precision import single_at_least
+
 if TYPE_CHECKING:
     T = TypeVar("T")
     Validated = Annotated[T, "validated"]
@@ -96,8 +98,10 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
         if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
             raise TypeError(f"{hint} dtype {array.dtype}.")
         arrays[name] = array
-    dtype = jnp.result_type(float, *arrays.values())
-    compute = jnp.promote_types(dtype, jnp.float32)
+    # Integers and booleans follow; under strict promotion they would be refused.
+    floats = [x for x in arrays.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+    dtype = jnp.result_type(float, *floats)
+    compute = single_at_least(dtype)
     with jax.ensure_compile_time_eval():
         return [array.astype(compute) for array in arrays.values()], dtype
 

@@ -1,6 +1,7 @@
 """Products in full precision, and what keeps floats away from underflow and from roots at 0."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,14 @@ from jax.typing import DTypeLike
 # Accelerators' default of fewer bits would show in a kernel.
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def single_at_least(dtype: DTypeLike) -> Any:
+    """In which to compute what comes in `dtype`: float32 for half precision, otherwise as it is.
+
+    Under strict promotion float64 and float32 have no common type, so that none is asked for.
+    """
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def log_tiny(dtype: DTypeLike) -> float:

@@ -25,6 +25,7 @@ from taylor_softmax._numerics.arguments import (
     shown,
     summary,
 )
+from taylor_softmax._numerics.precision import single_at_least
 from taylor_softmax._probabilities.priors import Exact, Inducing, Prior, jitter
 
 # Of a kernel's asymmetry, over its largest entry: what rounding in float32 leaves.
@@ -321,8 +322,9 @@ def _soft(y: Any, n_classes: Any) -> tuple[Any, Any]:
             f"`y_train` must have {n_classes or 'two or more'} columns, a class each, got "
             f"{y.shape}. Classes as integers have shape ({len(y)},)."
         )
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
-    rounding = 2 * float(jnp.finfo(jnp.promote_types(y.dtype, jnp.bfloat16)).eps)
+    # Of integers, which are exact, as of floats of the default precision.
+    of = y.dtype if jnp.issubdtype(y.dtype, jnp.floating) else jnp.result_type(float)
+    dtype, rounding = single_at_least(of), 2 * float(jnp.finfo(of).eps)
     must = "probabilities that sum to 1 over classes, as one-hot labels do but not less their mean"
     y = y.astype(dtype)
     nonnegative = check_entries("y_train", y, y >= 0, must)
