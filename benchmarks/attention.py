@@ -23,7 +23,9 @@ VARIANCES = (0.25, 1.0, 4.0, 20.0)
 ASKED = (1e-2, 2e-3)  # errors
 MANY_POINTS = 1 << 15
 N_PROBLEMS = 3  # random ones, of which the largest error is reported
-COUNTS = 1, 3  # inputs, of which blocks are timed
+# Inputs of which blocks are timed, by the number of tokens: as many as make the blocks count beside
+# the preparation of inputs.
+COUNTS = {16: (2, 8), 32: (2, 8), 64: (1, 4)}
 N_INPUTS, N_TOKENS = 100, 64  # of which memory is reported
 
 # Arguments of attention, and how much the variances of tokens differ.
@@ -147,6 +149,11 @@ def compiled(name: str, size: int, n: int, get: Any, method: Any = None) -> Any:
     return functools.partial(function, x1, x2)
 
 
+# Rotary embeddings have a block of queries for each distance: of more tokens than these, one
+# measurement takes minutes.
+LARGEST = {"rotary": 32, "rotary, causal": 16}
+
+
 def time_table(sizes: tuple[int, ...], repetitions: int) -> str:
     """Milliseconds a block, of one pair of inputs and all pairs of queries, and an input."""
     # Where there is float64 at all, neural_tangents makes it of everything.
@@ -154,15 +161,19 @@ def time_table(sizes: tuple[int, ...], repetitions: int) -> str:
     rows = []
     for size in sizes:
         for name in KINDS:
+            if size > LARGEST.get(name, size):
+                rows.append([f"{size}", name, "-", "-", "-"])
+                continue
             row, once = [f"{size}", name], 0.0
             for get in ("nngp", ("nngp", "ntk")):
                 progress(f"{size} tokens, {name}, {get}")
                 make = functools.partial(compiled, name, size, get=get)
-                pair, once = timing.per_pair_and_input(make, COUNTS, repetitions)
+                pair, once = timing.per_pair_and_input(make, COUNTS[size], repetitions)
                 row.append(f"{pair * 1e3:.2f}")
                 # Beside two inputs there are two pairs of inputs with themselves.
                 once -= 2 * pair
             rows.append([*row, f"{once / 2 * 1e3:.1f}"])
+            progress(", ".join(rows[-1]))
     return table(["tokens", "attention", "NNGP", "NNGP and NTK", "an input"], rows)
 
 
