@@ -240,8 +240,8 @@ def test_derivatives():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "neither of them"),
-        ({"variance": 1.0, "covariance": COVARIANCE}, ValueError, "both of them"),
+        ({}, ValueError, "got neither"),
+        ({"variance": 1.0, "covariance": COVARIANCE}, ValueError, "got both"),
         (
             {"variance": 1.0, "method": QuasiMonteCarlo(8)},
             ValueError,
