@@ -240,7 +240,8 @@ def test_maximise_finds_a_maximum_and_keeps_the_best_it_saw():
 
     end = search.maximise(parabola, {"a": 1.0, "b": 1.0}, 50)
     assert end.failure is None
-    np.testing.assert_allclose([end.at["a"], end.at["b"]], [3, 0.2], rtol=0.05)
+    found = end.hyperparameters
+    np.testing.assert_allclose([found["a"], found["b"]], [3, 0.2], rtol=0.05)
     short = search.maximise(parabola, {"a": 1.0, "b": 1.0}, 1)
     assert "ITERATIONS" in short.failure.upper()
 
@@ -249,7 +250,7 @@ def test_maximise_finds_a_maximum_and_keeps_the_best_it_saw():
 
     end = search.maximise(broken, {"a": 1.0}, 50)
     assert "not finite at a=" in end.failure
-    assert end.at == {"a": 1.0}
+    assert end.hyperparameters == {"a": 1.0}
     with pytest.raises(ValueError, match="`hyperparameters` must be others to start from"):
         search.maximise(broken, {"a": 2.0}, 50)
 
