@@ -322,9 +322,9 @@ def _soft(y: Any, n_classes: Any) -> tuple[Any, Any]:
             f"`y_train` must have {n_classes or 'two or more'} columns, a class each, got "
             f"{y.shape}. Classes as integers have shape ({len(y)},)."
         )
-    # Of integers, which are exact, as of floats of the default precision.
-    of = y.dtype if jnp.issubdtype(y.dtype, jnp.floating) else jnp.result_type(float)
-    dtype, rounding = single_at_least(of), 2 * float(jnp.finfo(of).eps)
+    # Integers are exact: they count as floats of the default precision.
+    given = y.dtype if jnp.issubdtype(y.dtype, jnp.floating) else jnp.result_type(float)
+    dtype, rounding = single_at_least(given), 2 * float(jnp.finfo(given).eps)
     must = "probabilities that sum to 1 over classes, as one-hot labels do but not less their mean"
     y = y.astype(dtype)
     nonnegative = check_entries("y_train", y, y >= 0, must)
