@@ -1,6 +1,7 @@
 """The program for GPUs: all of it in small on whatever there is, and what it says and survives."""
 
 import importlib.util
+import re
 import sys
 import time
 
@@ -40,6 +41,10 @@ def test_quick_run_measures_all(tmp_path, monkeypatch, capfd):
     report = (tmp_path / "gpu.md").read_text()
     assert list(sections(report)) == [part.name for part in program.PARTS[1:]]
     assert "nan" not in report
+    # Errors of 256 points; those of inputs that differ would be near 1.
+    errors = re.findall(r"(\d\.?\d*e[-+]\d+) / (\d\.?\d*e[-+]\d+)", report)
+    assert len(errors) == 6
+    assert np.max(np.array(errors, float)) < 0.1
     accuracy = (tmp_path / "accuracy_gpu.md").read_text()
     assert "## Beside another run" in accuracy
     assert "## Figures" in accuracy

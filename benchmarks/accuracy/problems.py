@@ -154,10 +154,11 @@ class LayerProblem:
     def scales(self, own: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
         """What errors of NNGP and NTK are relative to, `own` being the `analytic` kernels.
 
-        The largest entry; of estimates over positions, as promises have it, the geometric mean of
-        the largest entries at correlation 1, of the NTK with an incoming one of the same size.
+        The largest entry; of estimates, as promises have it, the geometric mean of the largest
+        entries at correlation 1, of the NTK with an incoming one of the same size. That of
+        attention is less than the promise has, which takes only the incoming part by the size.
         """
-        if self.axis != POSITIONS or not self.is_estimated:
+        if not self.is_estimated:
             return largest_entries(own)
         first, second = (
             largest_entries(dataclasses.replace(self, var1=v, var2=v, rho=1.0).analytic())

@@ -109,7 +109,7 @@ two to ten times as many over the width; seed {seed}. `z` is the difference over
 error; over the grid it is tested against the standard normal: mean square and largest, each with a
 chance of {level:g} to fail a right kernel. Kernels over positions of other orders than 2 are
 estimates; they are held to their documented error. "stderr" (median) and "largest difference" are
-relative to the largest entry of the kernel, of estimates over positions at correlation 1."""
+relative to the largest entry of the kernel, of estimates at correlation 1."""
 
 DEPARTURES = """\
 ## Distance from softmax

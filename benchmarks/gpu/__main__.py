@@ -52,10 +52,10 @@ class Part(NamedTuple):
 
 # Together with the start not above nine minutes.
 PARTS = (
-    Part("accuracy", "every kernel of the grid against sampling", SECONDS + 45),
-    Part("attention", "errors, ms a block and memory, 16 to 128 tokens", 100),
+    Part("accuracy", "every kernel of the grid against sampling", SECONDS + 20),
+    Part("attention", "errors, ms a block and memory, 16 to 128 tokens", 110),
     Part("positions", "errors, ms a pair and memory, 16 to 128 positions", 45),
-    Part("layers", "softmax over classes beside Erf, 2,000 inputs", 40),
+    Part("layers", "softmax over classes beside Erf, 2,000 inputs", 50),
     Part("tiles", "NNGP and NTK of 60,000 inputs of 784 features, as a reduction", 40),
     Part("inference", "one fit of 2,000 digits", 30, ("sklearn",)),
 )

@@ -2,10 +2,10 @@
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,25 @@ import numpy as np
 from jax import Array, lax
 
 from benchmarks import attention as attentions
-from benchmarks import position_axis, speed
+from benchmarks import speed
 from benchmarks.report import environment, keep, precision, progress, steps, table
-from benchmarks.timing import interleaved, memory, per_pair
+from benchmarks.timing import interleaved, memory
 from taylor_softmax import stax
 from taylor_softmax.methods import QuasiMonteCarlo
 
-T = TypeVar("T")
 BOTH = "nngp", "ntk"
 # What products of float32 matrices are made of: the names of `jax.default_matmul_precision`.
 PRODUCTS = {"float32": "float32", "TF32": "tensorfloat32"}
 REPETITIONS = 5
 
 ERRORS = """\
-Errors of NNGP / NTK over the largest entry, in float32 by the default method, against {points:,}
-points in float64 on the same {few} x {few} inputs. Milliseconds of NNGP and NTK together, from
-{few} x {few} and {many} x {many} inputs, inputs' own costs left out. Both with products of
-matrices in float32 and in TF32, `jax.default_matmul_precision`: the library's own products are in
-float32 either way, those that neural_tangents makes of the inputs as this says. Memory: outputs
-and temporaries of {many} x {many} inputs."""
+Errors of NNGP / NTK over the largest entry, by the default method, against {points:,} points on the
+same {few} x {few} inputs; all of it in float32, whose rounding is far below these errors.
+Milliseconds: of NNGP and NTK of {many} x {many} inputs, over the number of pairs, the inputs' own
+costs included. Both with products of matrices in float32 and in TF32,
+`jax.default_matmul_precision`: the library's own products are in float32 either way, those that
+neural_tangents makes of the inputs as this says. Memory: outputs and temporaries of {many} x {many}
+inputs."""
 
 ATTENTION = "## Attention\n\nAll pairs of queries of one pair of inputs.\n\n" + ERRORS
 POSITIONS = "## Positions\n\n" + ERRORS
@@ -58,55 +58,61 @@ INFERENCE = """\
 test. The network is that of the report of inference; time of one fit, without compilation."""
 
 
-def together(makes: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """The results of all of them, from a thread each: what they do is compile."""
-    with ThreadPoolExecutor() as pool:
-        futures = {name: pool.submit(make) for name, make in makes.items()}
-        return {name: future.result() for name, future in futures.items()}
+def tokens(size: int, n: int) -> Array:
+    """Two times `n` inputs of tokens of one norm, which are the first ones of a larger `n`."""
+    x = np.random.default_rng(size).standard_normal((n, 2, size, 2 * size))
+    x *= np.sqrt(2 * size) / np.linalg.norm(x, axis=-1, keepdims=True)
+    return jnp.asarray(np.moveaxis(x, 1, 0), jnp.float32)
 
 
-def with_products(products: str, make: Callable[[int], T], n: int) -> T:
+def compiled(kernel_fn: Any, size: int, n: int, products: str) -> functools.partial[Any]:
+    """NNGP and NTK of two times `n` inputs."""
+    x1, x2 = tokens(size, n)
     with jax.default_matmul_precision(PRODUCTS[products]):
-        return make(n)
+        function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, BOTH)).lower(x1, x2).compile()
+    return functools.partial(function, x1, x2)
 
 
 def measured(
-    exact: Callable[[int], Any], make: Callable[[int], Any], counts: tuple[int, int]
-) -> list[str]:
-    """Errors and milliseconds for each of `PRODUCTS`, and memory.
+    cases: Sequence[tuple[int, Any]], counts: tuple[int, int], points: int
+) -> Iterator[list[str]]:
+    """Of each case errors and milliseconds for each of `PRODUCTS`, and memory.
+
+    All programs are compiled beside each other, which takes longer than to run them.
 
     Args:
-      exact, make: the number of inputs to a call for the kernel of all pairs of them; `exact` in
-        float64.
+      cases: numbers of tokens, and kernel functions of a method.
       counts: small and large numbers of inputs.
+      points: of what the errors are differences from.
     """
-
-    def kernels(call: Callable[[], Any]) -> list[np.ndarray]:
-        kernel = call()
-        return [np.asarray(kernel.nngp, float), np.asarray(kernel.ntk, float)]
-
-    precision(x64=True)
-    truth = kernels(exact(counts[0]))
     precision(x64=False)
-    calls = together(
-        {
-            f"{products}, {n}": functools.partial(with_products, products, make, n)
-            for products in PRODUCTS
-            for n in counts
-        }
-    )
-    cells = []
-    for products in PRODUCTS:
-        values = zip(kernels(calls[f"{products}, {counts[0]}"]), truth, strict=True)
-        errors = (np.max(np.abs(value - x)) / np.max(np.abs(x)) for value, x in values)
-        cells.append(" / ".join(f"{error:.0e}" for error in errors))
-    for products in PRODUCTS:
-        seconds = per_pair(
-            lambda n, products=products: calls[f"{products}, {n}"], counts, REPETITIONS
-        )
-        cells.append(f"{seconds * 1e3:.3f}")
-    used = memory(calls[f"float32, {counts[1]}"].func)
-    return [*cells, f"{used / 2**30:.2f}"]
+    few, many = counts
+    with ThreadPoolExecutor() as pool:
+        exact = [
+            pool.submit(compiled, kernel_fn(QuasiMonteCarlo(points)), size, few, "float32")
+            for size, kernel_fn in cases
+        ]
+        calls = [
+            {p: pool.submit(compiled, kernel_fn(None), size, many, p) for p in PRODUCTS}
+            for size, kernel_fn in cases
+        ]
+        for truth, by_products in zip(exact, calls, strict=True):
+            kernels = {p: call.result() for p, call in by_products.items()}
+            wanted, errors = truth.result()(), []
+            for call in kernels.values():
+                pairs = (
+                    (getattr(call(), kernel)[:few, :few], getattr(wanted, kernel))
+                    for kernel in BOTH
+                )
+                each = (float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in pairs)
+                errors.append(" / ".join(f"{error:.0e}" for error in each))
+            times = interleaved(kernels, REPETITIONS)
+            used = memory(kernels["float32"].func)
+            yield [
+                *errors,
+                *(f"{min(times[p]) / many**2 * 1e3:.3f}" for p in PRODUCTS),
+                f"{used / 2**30:.2f}",
+            ]
 
 
 HEADER = [
@@ -116,34 +122,43 @@ HEADER = [
 ]
 
 
+def table_of(
+    text: str, names: Sequence[str], cases: Sequence[tuple[list[str], Any]], quick: bool
+) -> Iterator[list[str]]:
+    """Args: `cases` what names a row, the number of tokens first, and the kernel of a method."""
+    points, counts = (256, (1, 2)) if quick else (1 << 14, (2, 16))
+    lines = [text.format(points=points, few=counts[0], many=counts[1])]
+    found = measured([(int(name[0]), kernel) for name, kernel in cases], counts, points)
+    rows = []
+    for name, _ in steps(cases, lambda case: " ".join(case[0])):
+        rows.append([*name, *next(found)])
+        yield [*lines, table([*names, *HEADER], rows)]
+
+
+def sizes(quick: bool) -> tuple[int, ...]:
+    return (4,) if quick else (16, 32, 64, 128)
+
+
 def attention(quick: bool) -> Iterator[list[str]]:
-    sizes, counts, points = ((4,), (1, 2), 256) if quick else ((16, 32, 64, 128), (2, 8), 1 << 14)
-    few, many = counts
-    text, rows = ATTENTION.format(points=points, few=few, many=many), []
-    cases = [(size, causal) for size in sizes for causal in (False, True)]
-    for size, causal in steps(cases, str):
-        kind = "causal" if causal else "equal scales"
-        make: Any = functools.partial(attentions.compiled, kind, size, get=BOTH)
-        exact = functools.partial(make, method=QuasiMonteCarlo(points))
-        rows.append([f"{size}", "causal" if causal else "none", *measured(exact, make, counts)])
-        yield [text, table(["tokens", "mask", *HEADER], rows)]
+    kinds = {"none": "equal scales", "causal": "causal"}
+    cases = [
+        ([f"{size}", mask], functools.partial(attentions.layer, kind))
+        for size in sizes(quick)
+        for mask, kind in kinds.items()
+    ]
+    yield from table_of(ATTENTION, ["tokens", "mask"], cases, quick)
 
 
 def positions(quick: bool) -> Iterator[list[str]]:
-    sizes, counts, points = ((4,), (1, 2), 256) if quick else ((16, 32, 64, 128), (2, 8), 1 << 15)
-    few, many = counts
-    text, rows = POSITIONS.format(points=points, few=few, many=many), []
-    for size in steps(sizes, str):
-        make = functools.partial(position_axis.kernel, size, None, BOTH, np.float32)
-        exact: Any = functools.partial(
-            position_axis.kernel, size, None, BOTH, np.float64, method=QuasiMonteCarlo(points)
-        )
-        rows.append([f"{size}", *measured(exact, make, counts)])
-        yield [text, table(["positions", *HEADER], rows)]
+    def layer(method: Any) -> Any:
+        return stax.serial(stax.Conv(8, (1,)), stax.Softmax(axis=1, method=method))[2]
+
+    cases = [([f"{size}"], layer) for size in sizes(quick)]
+    yield from table_of(POSITIONS, ["positions"], cases, quick)
 
 
 def layers(quick: bool) -> Iterator[list[str]]:
-    n, repetitions, orders = (50, 1, (None,)) if quick else (2000, 7, speed.ORDERS)
+    n, repetitions, orders = (50, 1, (None,)) if quick else (2000, 7, (2, None))
     lines = [LAYERS.format(n=n)]
     for each in speed.layers(n, repetitions, (10,), orders):
         lines.append(each)
