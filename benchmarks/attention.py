@@ -193,23 +193,25 @@ def memory() -> str:
 ERRORS = """\
 ## Errors
 
-Largest error of {n} random problems, NNGP / NTK, with the default number of points and where errors
-are asked for, against {many:,} points. Correlation 0.5 between inputs, values and NTKs with
-covariances of their own. Relative to the geometric mean of the two inputs' largest entries with
-themselves."""
+Largest errors of NNGP / NTK over {n} random problems, with the default number of points and with an
+error that is asked for. The reference has {many:,} points. Inputs have a correlation of 0.5. Values
+and NTKs have covariances of their own. Errors are relative to the geometric mean of the two inputs'
+largest entries with themselves."""
 
 SAMPLING = """\
 ## Against plain sampling
 
-With the default number of points, against {n:,} samples of all logits (standard errors)."""
+Largest errors with the default number of points, against {n:,} samples of all logits. The largest
+standard error of the samples is in brackets."""
 
 TIMES = """\
 ## Time
 
-Milliseconds of a block, all pairs of queries of one pair of inputs, and of the preparation of one
-input; float32, default number of points. Cross-attention has as many queries as keys. Before one
-sample served all pairs of queries, a causal block (both kernels, on two other cores, with the
-preparation of its inputs) took 456 ms at 16 tokens, 2,400 ms at 32 and 26 s at 64."""
+Milliseconds in float32, with the default number of points. A block is all pairs of queries of one
+pair of inputs. Every input is also prepared, once. Cross-attention has as many queries as keys.
+Earlier, each pair of queries had a sample of its own. A causal block with both kernels then took
+456 ms at 16 tokens, 2,400 ms at 32 and 26 s at 64, on two other cores and with the preparation of
+its inputs."""
 
 
 def main() -> None:

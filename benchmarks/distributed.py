@@ -114,22 +114,24 @@ def least_squares(counts: list[int], chunks: int) -> str:
 SIZES = """\
 ## Time and memory
 
-NNGP and NTK of `Dense, Relu, Dense, Relu, Dense` and the layer into a zarr store, float32, tiles of
-{chunks:,} inputs, each in a fresh process with dask's threads, compilation included. Peak: of the
-process's resident memory, that of JAX and dask included. An entry of a symmetric kernel is computed
-or mirrored."""
+What it takes to write NNGP and NTK into a zarr store, in float32, by tiles of {chunks:,} inputs.
+The network is `Dense, Relu, Dense, Relu, Dense` and the layer in the first column. Every row comes
+from a fresh process with dask's threads, and its time includes compilation. Kernels are symmetric.
+"ns an entry" counts entries that are computed and those that are copied across the diagonal. "peak"
+is the largest resident memory of the process, JAX and dask included."""
 
 OVERHEAD = """\
 ## Overhead
 
-{n:,} inputs with {n:,} others, and with themselves (`x2=None`, where dask computes half of the
-tiles), NNGP and NTK in memory: compiled, in interleaved rounds, medians of {repetitions}."""
+One `jit` call beside dask, for NNGP and NTK in memory: of {n:,} inputs with {n:,} others, and of
+{n:,} inputs with themselves (`x2=None`), where dask computes half of the tiles. Times are medians
+of {repetitions} interleaved rounds, without compilation."""
 
 LEAST_SQUARES = """\
 ## Least squares
 
-With ten right-hand sides, the stored NTK of the softmax network and `diag_reg` of {reg}, float32.
-Residuals are over the norm of the right-hand side."""
+Ten right-hand sides, solved with the stored NTK of the softmax network and a `diag_reg` of {reg},
+in float32. The residual is relative to the norm of the right-hand sides."""
 
 
 def main() -> None:

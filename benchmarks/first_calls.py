@@ -240,10 +240,11 @@ def calls(names: list[str], before: Path | None) -> str:
 
 
 EXPLANATION = """\
-Each in a fresh process, float32, without a cache of compiled programs: seconds of the first call,
-of the same call again, and of the first one at another size in the same process. Ten classes; two
-sizes of points, of inputs, or of test inputs; digits of scikit-learn for inference. Layers are NNGP
-and NTK behind a `Dense`. A dash: that commit does not have it.{before}"""
+Seconds of the first call, of the same call again, and of the first call at another size. Every row
+comes from a fresh process, in float32, without a cache of compiled programs. The name of a row ends
+with the two sizes, which are numbers of points, of inputs, or of test inputs. There are ten
+classes. Inference has digits of scikit-learn. Rows of layers are NNGP and NTK of a `Dense` and the
+layer. A dash means that the commit does not have the function.{before}"""
 
 
 def main() -> None:

@@ -132,18 +132,20 @@ def positions(size: int) -> str:
 PROBABILITIES = """\
 ## Class probabilities
 
-`class_probabilities`, their covariance (to 10 classes) and, of softmax, `expected_log_normalizer`,
-with gradients in means and variances: 2 to 100 classes, means to 100 and more, variances from
-1e-33 to 1e4 and 0, equal, constant and excluded (`-inf`) logits. Largest distance of the sums of
-probabilities from 1."""
+Random logits of 2 to 100 classes go through `class_probabilities`, through its covariance (up to 10
+classes) and, for softmax, through `expected_log_normalizer`. Means have any size up to a few
+hundred, and variances go from 1e-33 to 1e4. Some logits are equal, some have variance 0, some are
+excluded (`-inf`). "all finite" counts gradients in means and variances, too. "sum - 1" is the
+largest distance of a sum of probabilities from 1."""
 
 SECOND_MOMENTS = """\
 ## Positions
 
-`joint_second_moment` and its gradients in the three covariances: 2 to 28 positions, of any rank,
-constant and duplicated positions, zeros, inputs with themselves, a common part of up to 1e4. The
-fewer, the more positions they have.
-Largest distance of the sum of a matrix from 1."""
+Random covariances of 2 to 28 positions go through `joint_second_moment`; there are fewer pairs of
+inputs where there are more positions. Covariances have any rank. Some positions are constant, zero
+or duplicates, some inputs are paired with themselves, and some logits share a part with a variance
+of up to 1e4. "all finite" counts gradients in the three covariances, too. "sum - 1" is the largest
+distance of the sum of a matrix from 1."""
 
 
 def main() -> None:

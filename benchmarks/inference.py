@@ -115,11 +115,11 @@ def rows_of(n_train: int, x: np.ndarray, labels: np.ndarray) -> list[list[str]]:
 
 
 EXPLANATION = """\
-The NNGP kernel of `Dense, Relu, Dense, Relu, Dense` with logits of variance {variance:g} on the
-digits of scikit-learn, ten classes; the images that are not for training are the test, fewer where
-there are more of the others. Times are of one fit each, without compilation. scikit-learn's
-classifier has a Laplace approximation for each class against the rest, normalised, and no evidence
-of the whole. GPflow is left out, since it needs TensorFlow."""
+Two ways to infer with one kernel: the NNGP of `Dense, Relu, Dense, Relu, Dense` with logits of
+variance {variance:g}, on the ten classes of scikit-learn's digits. All images that are not used for
+training are the test. Times are those of one fit, without compilation. scikit-learn's classifier
+approximates each class against the rest by Laplace's method and normalises afterwards, so it has no
+evidence of all labels. GPflow is left out, since it needs TensorFlow."""
 
 
 def shuffled() -> Data:
@@ -145,10 +145,11 @@ def digits(sizes: tuple[int, ...]) -> str:
 
 
 INDUCING = """\
-1,297 digits and their shifts by a pixel in all eight directions, 11,673 training inputs, and 500
-digits for the test; inducing inputs are those that `choose_inducing` takes. The whole kernel would
-have 1.1 GB, of which inference keeps several. Times: of the choice, its kernels included, and of
-one fit without compilation, to a residual of 1e-3."""
+Inference from inducing inputs, which `choose_inducing` takes. The 11,673 training inputs are 1,297
+digits and their shifts by a pixel in all eight directions; 500 other digits are the test. The whole
+kernel would have 1.1 GB, and inference would keep several arrays of that size. "choice" is the time
+to choose inducing inputs, their kernels included. "fit" is the time of one fit to a residual of
+1e-3, without compilation."""
 
 
 def inducing(numbers: tuple[int, ...], n_test: int) -> str:
@@ -329,15 +330,21 @@ def candidates(n_columns: int) -> dict[str, Any]:
 
 
 CLASSIFIERS = """\
-Digits: pixels centred, of mean square 1; the other columns standardised. Each classifier is as it
-comes: `InfiniteNetworkClassifier()` chooses its scales by the evidence; `GaussianProcessClassifier`
-has an RBF kernel with a factor, which start at 1 and at the root of the number of columns, and its
-own optimizer; `LogisticRegression` its own penalty. Temperature-scaled regression takes the kernel
-that `InfiniteNetworkClassifier()` chooses, which its time includes, and noise and temperature by
-cross-validation. NLL: of the test labels, in nats, with its standard error.
-Calibration error: by ten bins of confidence. Fit: with hyperparameters; the first one of its shape
-also compiles, and is the only one where it takes a minute. In float32. The
-reliability diagram has bins of at least ten test inputs."""
+Classifiers with their default settings, in float32, on data that scikit-learn ships. Pixels of
+digits are centred and divided by their root mean square. The columns of the other data are
+standardised.
+
+- `InfiniteNetworkClassifier` chooses its scales by the evidence.
+- Temperature-scaled regression has the kernel that `InfiniteNetworkClassifier` chooses. It takes
+  noise and temperature from cross-validation. Its time includes the choice of the kernel.
+- `GaussianProcessClassifier` has an RBF kernel times a factor. Its own optimizer starts from a
+  factor of 1 and from a length scale that is the root of the number of columns.
+- `LogisticRegression` has its default penalty.
+
+"NLL" is the negative log-likelihood of the test labels in nats, with its standard error.
+"calibration error" is over ten bins of confidence. "fit" includes the choice of hyperparameters.
+"first fit" also compiles; if it takes a minute, there is no second one, and both columns show it.
+The reliability diagram shows bins of at least ten test inputs."""
 
 
 def splits(sizes: tuple[int, ...]) -> Iterable[tuple[str, int, tuple[Any, ...]]]:

@@ -217,40 +217,40 @@ def eigenvalue_table(sizes: tuple[int, ...], n: int) -> str:
 EXPLANATION = """\
 ## Errors
 
-Largest error of `joint_second_moment`, against {samples:,} samples, for cross-correlations of
-{correlations}: the series to degree 2 alone, with 1,024 points per pair, and with the default
-number. "sampling" is the largest standard error of what they are compared with. All are relative
+Largest errors of `joint_second_moment` against {samples:,} samples, at cross-correlations of
+{correlations}: of the series to degree 2 alone, with 1,024 points for each pair, and with the
+default number of points. "sampling" is the largest standard error of the samples. All are relative
 to the geometric mean of the largest entries of both inputs' own kernels."""
 
 ASKED = """\
 ## Errors asked for
 
-With the default, and with `QuasiMonteCarlo(error=...)`, of softmax over i.i.d. positions, where the
-class axis has exact kernels: the largest error at correlations {correlations}, in brackets what the
-library says that it is, and ms a pair, both kernels, float32. Errors are relative to the largest
-entry at correlation 1, the NTK's with an incoming one of the same size. Where what it says is
-larger than what was asked for, all points that there are were drawn; a number of points gives it
-more."""
+Largest errors at correlations {correlations}, of the default and of `QuasiMonteCarlo(error=...)`.
+Positions are i.i.d., so kernels over classes are an exact reference. The error that the library
+itself states is in brackets. If it is larger than what was asked for, the library has drawn all the
+points that it may; `n_points` allows more. Errors are relative to the largest entry at correlation
+1. The incoming NTK is as large as the covariance. Times are milliseconds a pair for both kernels,
+in float32."""
 
 LAYERS = """\
 ## NNGP and NTK
 
-Of the layer with the default method, with logits correlated by 0.95 whose NTK is their covariance:
-largest error against {samples:,} samples by NumPy and their negatives, with the largest standard
-error in brackets, relative to the geometric mean of the largest entries of both inputs' own
-kernels."""
+Largest errors of the layer with the default method, against {samples:,} samples by NumPy and their
+negatives. The largest standard error of the samples is in brackets. Logits have a correlation of
+0.95, and their NTK is their covariance. Errors are relative to the geometric mean of the largest
+entries of both inputs' own kernels."""
 
 TIMES = """\
 ## Time per pair
 
-With full spatial covariance under `jit`, default number of points, from {few} x {few} and
-{many} x {many} inputs. Beside it plain sampling with a standard error of 2e-3 of the largest
-entry."""
+Time for each pair of inputs under `jit`, with the covariance of all positions and the default
+number of points, from {few} x {few} and {many} x {many} inputs. The last column is what plain
+sampling takes for a standard error of 2e-3 of the largest entry."""
 
 EIGENVALUES = """\
 ## Smallest eigenvalue
 
-Over the largest, of the kernel of {n} inputs behind `Flatten`."""
+The smallest eigenvalue over the largest, of the kernel of {n} inputs behind `Flatten`."""
 
 
 def main() -> None:

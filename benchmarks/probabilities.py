@@ -244,20 +244,23 @@ def correlated_table(n_points: int, log2_samples: int) -> str:
 CORRELATED = """\
 ## Full covariance over classes
 
-Largest absolute error of `E[softmax(z)]` for logits with a covariance of rank 3 and a fifth on the
-diagonal, with the largest variance given, in float64. Reference: SciPy's quasi-random normal
-numbers, {samples:,} of them twice, with half their difference."""
+Largest absolute errors of `E[softmax(z)]` in float64. The covariance of the logits is a random
+matrix of rank 3 plus 0.2 times the identity, scaled so that its largest variance is the one in the
+column. The reference is the mean of two sets of {samples:,} quasi-random normal numbers of SciPy,
+and half of their difference is its error."""
 
 EXPLANATION = """\
-`E[softmax(z)]` for independent Gaussian logits. Errors are absolute, the largest over random points
-of 2, 3, 10 and 100 classes with means of scale 0 to 5; in half of the points the variances differ
-by up to a factor 100 between classes, of which the largest is the column's. Reference: trapezoidal
-rules in `log t` and in the logits, fine enough to be exact to rounding. The approximations are
-written from their sources, which `benchmarks/probabilities.py` names.
+Errors and times of `E[softmax(z)]` for independent Gaussian logits.
 
-Times are medians of {repetitions} interleaved runs of {n} points of {classes} classes under `jit`,
-one variance per point, spread over a decade up to the column's. Monte Carlo gives the probabilities
-only."""
+Errors are absolute. Each is the largest over random points of 2, 3, 10 and 100 classes, with means
+of scale 0 to 5. In half of the points all classes have the variance in the column. In the others,
+variances lie between a hundredth of it and itself. The reference is a trapezoidal rule in `log t`
+and in the logits, which is fine enough to be exact to rounding. The approximations are written from
+their sources, which `benchmarks/probabilities.py` names.
+
+Times are medians of {repetitions} interleaved runs under `jit`, of {n} points of {classes} classes.
+Each point has one variance, which lies between a tenth of the one in the column and itself. Monte
+Carlo computes the probabilities alone."""
 
 
 def main() -> None:

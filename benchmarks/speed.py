@@ -259,47 +259,51 @@ def sampling(repetitions: int) -> str:
 
 
 EXPLANATION = """\
-NNGP and NTK of {n:,} x {n:,} inputs under `jit`, the layer alone on its logits' kernel: time over
-that of `stax.Erf` in the same interleaved rounds, medians of {repetitions}. Variances of the
-logits: all 1; spread geometrically over a factor 10 around 1; over six decades to 4, to 100 and to
-1e4. Memory: outputs and temporaries of the compiled function over those of Erf."""
+How long a layer takes for NNGP and NTK of {n:,} x {n:,} inputs, over what `stax.Erf` takes. The
+kernel of the logits is given, and `jit` has compiled both. Times are medians of {repetitions}
+interleaved rounds. Columns are the variances of the logits: all 1 ("equal"), spread geometrically
+over a factor of 10 around 1, or over six decades that end at 4, 100 and 1e4. "memory" is that of
+results and temporaries, over that of Erf."""
 
 FIRST = """\
 ## First calls
 
-Each in a fresh process, which has evaluated a dense layer: seconds of the first call of Erf (NNGP
-and NTK, `Dense(10)` before it), what softmax takes longer, and what a layer of another order after
-it takes longer than Erf did."""
+Seconds of the first NNGP and NTK of `Dense(10)` and a layer. Every row comes from a fresh process,
+which has evaluated a dense layer before. It calls Erf first, then the layer in the first column,
+then order 4. The last two columns are what these take longer than Erf."""
 
 HYPERPARAMETERS = """\
 ## Hyperparameters
 
-`jax.jit(jax.value_and_grad(...))` of a Gaussian marginal likelihood in `W_std` and `b_std`,
-through `Dense, Relu, Dense` and the layer."""
+A Gaussian marginal likelihood and its gradient in `W_std` and `b_std`, by
+`jax.jit(jax.value_and_grad(...))`. The network is `Dense, Relu, Dense` and the layer."""
 
 GROWTH = """\
 ## Growth
 
-Layer alone, float32, 10 classes, variances over a factor 10."""
+Time for each pair of inputs, in float32 and with 10 classes. The kernel of the logits is given, and
+their variances are spread over a factor of 10."""
 
 DEFINITENESS = """\
 ## Definiteness
 
-Smallest over largest eigenvalue of kernels of {n:,} inputs: a tenth duplicates, a tenth near
-duplicates (1e-4), norms over three decades."""
+The smallest eigenvalue over the largest, of kernels of {n:,} inputs. A tenth of the inputs are
+duplicates of others, another tenth differ from others by 1e-4, and norms are spread over three
+decades."""
 
 FUZZ = """\
 ## Fuzz
 
-{size:,} random arguments, variances from 1e-8 to 1e6 and 0, correlations from -1 to 1 and two ulp
-beyond, 2 to 1e6 classes: whether values and gradients are finite, and by how much values leave
-their bounds."""
+{size:,} random arguments of `class_covariance`, of 2 to 1e6 classes. Variances go from 1e-8 to
+1e6, and some are 0. Correlations go from -1 to 1, and some are above 1 by two units of rounding.
+"all finite" counts values and gradients. The last two columns say by how much values leave their
+bounds."""
 
 SAMPLING = """\
 ## Monte Carlo
 
-What `monte_carlo.class_second_moment` takes for a relative standard error of 1e-3 at the median
-pair."""
+Samples and seconds that `monte_carlo.class_second_moment` takes until the median pair has a
+relative standard error of 1e-3."""
 
 
 def main() -> None:

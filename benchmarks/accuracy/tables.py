@@ -103,32 +103,37 @@ def networks_table(results: list[Result]) -> str:
 
 
 EXPLANATION = """\
-Every layer's NNGP and NTK on Gaussian logits, from `kernel_fn`, beside means over draws of
-`apply_fn` and of its derivative along random tangents: at least {samples:,} a setting, of networks
-two to ten times as many over the width; seed {seed}. `z` is the difference over its standard
-error; over the grid it is tested against the standard normal: mean square and largest, each with a
-chance of {level:g} to fail a right kernel. Kernels over positions of other orders than 2 are
-estimates; they are held to their documented error. "stderr" (median) and "largest difference" are
-relative to the largest entry of the kernel, of estimates at correlation 1."""
+NNGP and NTK of every layer, from `kernel_fn` and Gaussian logits, beside means over draws of
+`apply_fn` and of its derivative along random tangents. Each setting has at least {samples:,} draws.
+Whole networks have two to ten times as many, divided by the width. The seed is {seed}.
+
+`z` is the difference over its standard error. If the kernels are exact, `z` is standard normal over
+the grid. Its mean square and its largest value are tested, each with a chance of {level:g} to fail
+a right kernel. Kernels over positions and of attention are estimates except at order 2, and are
+held to their promised error instead.
+
+"stderr" is the median standard error, and "largest difference" that of the kernel from the mean.
+Both are relative to the largest entry of the kernel, for estimates to that at correlation 1."""
 
 DEPARTURES = """\
 ## Distance from softmax
 
-What choosing an order costs: the largest difference of the analytic kernel from that of softmax
-itself, over its largest entry (for classes: of the part beyond the squared mean)."""
+How far the kernel of each order is from that of softmax: the largest difference of the analytic
+kernels over the largest entry of softmax's. Over classes the squared mean is subtracted before."""
 
 NETWORKS = """\
 ## Wide finite networks
 
-Deviation of networks of finite width from the analytic kernel, relative, in thousandths, with
+How far sampled networks of finite width are from the analytic kernel, in thousandths of it, with
 standard errors. "limit" is the intercept of a weighted least-squares line in `1 / width`."""
 
 
 BESIDE = """\
 ## Beside another run
 
-Here / on {devices} with jax {version}, on the problems that both runs have; "analytic": largest
-difference between the analytic kernels of both, over the largest entry, where they are exact."""
+Each cell has this run / the run on {devices} with jax {version}, on the problems that both have.
+"analytic" is the largest difference between the analytic kernels of both, over the largest entry,
+where kernels are exact."""
 
 
 FIGURES = {
@@ -143,12 +148,12 @@ FIGURES = {
 LIMITS = """\
 ## Limits
 
-Sampling resolves errors of about the standard errors above and no smaller ones: quadrature in
-`tests/` holds the class axis to 1e-7. Over an infinitely wide axis variances end at 1, since
-products of exponentials are too heavy-tailed to sample beyond, and a width stands in for infinity
-whose bias is a small part of the standard error. Networks have one hidden layer, and one pair
-of inputs. Covariances of positions are products of one between positions and one between
-inputs.
+Sampling does not see errors that are smaller than the standard errors above. The suite in `tests/`
+compares kernels over classes with quadrature, to 1e-7. Over an infinitely wide axis variances end
+at 1, because products of exponentials have tails that are too heavy to sample beyond. A finite
+width stands in for the infinite one there; its bias is a small part of the standard error. Networks
+have one hidden layer and one pair of inputs. The covariance of positions is that between positions
+times that between inputs.
 
 ## Reproduce
 
@@ -161,8 +166,8 @@ inputs.
     # Negative control: exits 1.
     python -m benchmarks.accuracy --perturb classes
 
-A run that was interrupted goes on where it stopped, as long as code, versions, device, seed and
-number of samples are the same. The result file has every number, with all of these."""
+An interrupted run continues where it stopped if code, versions, device, seed and number of samples
+are the same. The result file has all of these beside every number."""
 
 
 def figures_section(paths: Iterable[Path]) -> list[str]:
