@@ -5,7 +5,7 @@ from typing import Any
 import griffe
 
 # What an annotation says of a layer, in neural_tangents' words.
-ALIASES = {"InternalLayer": "tuple[InitFn, ApplyFn, KernelFn]"}
+ALIASES = {"Layer": "tuple[InitFn, ApplyFn, KernelFn]"}
 
 
 def plain(annotation: Any) -> Any:

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+# `(init_fn, apply_fn, kernel_fn)`.
+Layer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
 
 def check_batch_axis(batch_axis: Any) -> int:
     """`batch_axis` as an `int`.

@@ -19,7 +19,7 @@ from neural_tangents.stax import (
 )
 
 from taylor_softmax._layers import attention_kernel
-from taylor_softmax._layers.arguments import in_single_at_least
+from taylor_softmax._layers.arguments import Layer, in_single_at_least
 from taylor_softmax._layers.attention_network import Attention
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.surrogate import parse
@@ -27,7 +27,6 @@ from taylor_softmax._position_axis import attention_terms, rotary
 from taylor_softmax._position_axis.attention_rows import Rows
 from taylor_softmax.methods import Method
 
-Layer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 Window = int | tuple[int, int]
 Bias = ArrayLike | Callable[..., ArrayLike]
 

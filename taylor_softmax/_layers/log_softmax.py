@@ -1,7 +1,6 @@
 """Log-softmax over classes."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +10,12 @@ from neural_tangents.stax import Diagonal, layer, requires, supports_masking
 
 from taylor_softmax import _log_softmax
 from taylor_softmax._class_axis import covariance as class_axis
-from taylor_softmax._layers.arguments import check_batch_axis, in_single_at_least, resolve_axis
+from taylor_softmax._layers.arguments import (
+    Layer,
+    check_batch_axis,
+    in_single_at_least,
+    resolve_axis,
+)
 from taylor_softmax._layers.finite import LogSoftmaxKernel, cast
 from taylor_softmax._layers.softmax import (
     check_gaussian,
@@ -33,7 +37,7 @@ def LogSoftmax(
     *,
     batch_axis: Validated[int] = 0,
     method: Validated[Method | None] = None,
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+) -> Layer:
     """Log-softmax over classes: `l_i = z_i - log sum_j exp z_j`.
 
     The input must be Gaussian, that is, it must come from `Dense`, `Conv` or another layer with

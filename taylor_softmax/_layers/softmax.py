@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,12 @@ from neural_tangents.stax import Bool, Diagonal, layer, requires, supports_maski
 from taylor_softmax import _infinite_width
 from taylor_softmax._class_axis import covariance as class_axis
 from taylor_softmax._class_axis.covariance import Pairs
-from taylor_softmax._layers.arguments import check_batch_axis, in_single_at_least, resolve_axis
+from taylor_softmax._layers.arguments import (
+    Layer,
+    check_batch_axis,
+    in_single_at_least,
+    resolve_axis,
+)
 from taylor_softmax._layers.finite import FiniteClassKernel, NormalisedKernel, cast
 from taylor_softmax._layers.spatial import SpatialLayout
 from taylor_softmax._numerics.arguments import Validated, as_real, check_axes, check_boolean
@@ -27,8 +32,6 @@ from taylor_softmax._numerics.surrogate import Surrogate, parse
 from taylor_softmax._position_axis import moments as position_axis
 from taylor_softmax._position_axis.estimate import warn
 from taylor_softmax.methods import Method, choose
-
-InternalLayer = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 
 @layer
@@ -40,7 +43,7 @@ def TaylorSoftmax(
     *,
     batch_axis: Validated[int] = 0,
     method: Validated[Method | None] = None,
-) -> InternalLayer:
+) -> Layer:
     """Taylor softmax: `y_i = f(z_i) / sum_j f(z_j)` with `f(z) = sum_{k <= order} z^k / k!`.
 
     The input must be Gaussian, that is, it must come from `Dense`, `Conv` or another layer with
@@ -98,7 +101,7 @@ def Softmax(
     *,
     batch_axis: Validated[int] = 0,
     method: Validated[Method | None] = None,
-) -> InternalLayer:
+) -> Layer:
     """Softmax: `y_i = exp(z_i) / sum_j exp(z_j)`.
 
     It is the limit of `TaylorSoftmax` as its order grows, and the same as
@@ -110,7 +113,7 @@ def Softmax(
 
 def _softmax_layer(
     order: Any, axis: Any, infinite_width: Any, batch_axis: Any, method: Any
-) -> InternalLayer:
+) -> Layer:
     infinite_width = check_boolean("infinite_width", infinite_width)
     surrogate = parse(order, finite=not infinite_width)
     axis, batch_axis = check_axes(axis), check_batch_axis(batch_axis)
