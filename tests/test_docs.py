@@ -83,6 +83,17 @@ def test_bold_digits_are_characters():
 
 
 @pytest.mark.quick
+def test_functions_and_relations_have_space_around_them():
+    def spaces(formula):
+        return formulas.mathml(formula).count("<mspace")
+
+    assert spaces(r"h \log t") == 2
+    assert spaces(r"a_1 \log x_1 + \exp t") == 3
+    assert spaces(r"-\log(t)") == spaces(r"\log \sum_j t_j") == spaces("l o g") == 0
+    assert "<mo>&#x0223C;</mo>" in formulas.mathml(r"z \sim N(0, 1)")
+
+
+@pytest.mark.quick
 def test_what_comes_out_broken_is_noticed():
     """Negative control: an environment and a command that the converter does not know."""
     for broken in (r"\begin{aligned} a &= b \end{aligned}", r"\unheardof{x}"):

@@ -13,6 +13,13 @@ UNCONVERTED = re.compile(r"<m[inos]\b[^>]*>(?:&(?:amp;)?|[^<]*\\[^<]*)</m[inos]>
 # Browsers know no `mathvariant` but "normal" (MathML Core): a bold digit is a character of its own.
 BOLD = re.compile(r'<mn mathvariant="bold">(\d+)</mn>')
 BOLD_DIGITS = {ord("0") + digit: 0x1D7CE + digit for digit in range(10)}
+# The converter takes functions for identifiers, which have no space beside another one.
+FUNCTION = r"<mi>(?:cos|exp|log|sin)</mi>"
+BEFORE_FUNCTION = re.compile(rf"(</m(?:i|n|sub|sup|subsup)>)(?={FUNCTION})")
+BEHIND_FUNCTION = re.compile(rf"({FUNCTION})(?=<(?!/|mo|m\w+><mo))")
+SPACE = '<mspace width="0.17em" />'
+# So has a tilde that is an identifier, while the relation has space on both sides.
+TILDE, RELATION = "<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>"
 # Pygments' class of what is not in the language of a block of code.
 NOT_CODE = re.compile(r'<span class="err">.*?</span>')
 
@@ -21,6 +28,9 @@ def mathml(formula: str, *, display: bool = False) -> str:
     """`formula`, in LaTeX, as MathML."""
     mode = "block" if display else "inline"
     converted = latex2mathml.converter.convert(formula.strip(), display=mode)
+    for beside in (BEFORE_FUNCTION, BEHIND_FUNCTION):
+        converted = beside.sub(rf"\1{SPACE}", converted)
+    converted = converted.replace(TILDE, RELATION)
     return BOLD.sub(lambda match: f"<mn>{match[1].translate(BOLD_DIGITS)}</mn>", converted)
 
 
