@@ -1,11 +1,11 @@
-"""Infinite transformers on handwritten digits, beside what is known.
+"""Infinite transformers on handwritten digits, beside other networks.
 
 Digits are 8 tokens, the rows of 8 pixels. `python examples/transformer.py`
 classifies them with three kernels: that of a transformer whose attention scales
 logits by 1/sqrt(d), that of one that scales them by 1/d with tied weights, as
 neural_tangents has it, and that of a fully connected network. Then it compares
 an entry of the first kernel with finite networks of growing width. It draws a
-figure beside this file.
+figure beside this file. All of it takes about four minutes on two cores.
 """
 
 import sys
@@ -31,7 +31,7 @@ N_CLASSES = 10
 N_TRAIN, N_TEST = 100, 200
 DEPTH = 2
 BOTH = ("nngp", "ntk")
-# Of finite networks: keys, heads and all channels.
+# Channels, keys and heads of finite networks.
 WIDTHS = (8, 16, 32, 64)
 N_NETWORKS = 400
 
@@ -92,7 +92,7 @@ def load() -> tuple[Array, np.ndarray, Array, np.ndarray]:
 
 
 def accuracy(kernel_fn: Any) -> dict[str, float]:
-    """Of the means of both Gaussian processes, trained for an infinite time."""
+    """Accuracy of the means of both Gaussian processes, after infinite time."""
     x_train, train_labels, x_test, test_labels = load()
     targets = jnp.eye(N_CLASSES)[train_labels] - 1 / N_CLASSES
     compute = jax.jit(lambda x1, x2: kernel_fn(x1, x2, BOTH))
@@ -140,7 +140,7 @@ def progress(message: str) -> None:
 
 
 def main() -> None:
-    progress("started")
+    progress("started: about four minutes on two cores")
     networks = {
         "transformer, 1/sqrt(d)": transformer(),
         "transformer, 1/d": transformer(linear_scaling=True),
