@@ -3,9 +3,9 @@
 #
 # How large should the scales of weights and biases be, and how many layers
 # should there be? The evidence `log p(y)` answers that without held-out labels.
-# Here it is maximised by hand, for each of three depths, and shown beside the
-# likelihood of held-out labels. The same in three lines:
-# `InfiniteNetworkClassifier`, at the end.
+# This notebook maximises it by hand, for each of three depths, and shows it
+# beside the likelihood of held-out labels. At the end
+# `InfiniteNetworkClassifier` does the same in three lines.
 
 # %%
 import functools
@@ -25,7 +25,7 @@ N_CLASSES, N_TRAIN, N_TEST = 3, 75, 600
 
 
 def spirals(n, seed):
-    """Three arms, `(n, 2)`, and which arm, one time in ten wrongly."""
+    """Points on three arms, `(n, 2)`, and their arms, a tenth of them wrong."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(N_CLASSES, size=n)
     radius = rng.uniform(0.15, 1, n)
@@ -87,7 +87,7 @@ def inferred(logarithms, depth):
     kernel_fn = network(np.exp(logarithms), depth)[2]
     k_train = kernel_fn(x_train, None, "nngp")
     posterior = predict.categorical_inference(
-        k_train, y_train, n_classes=N_CLASSES, tol=1e-3
+        k_train, y_train, n_classes=N_CLASSES, tol=1e-3, max_iterations=300
     )
     k_test = kernel_fn(x_test, None, "nngp")
     p = posterior(kernel_fn(x_test, x_train, "nngp"), k_test).probabilities
@@ -117,10 +117,11 @@ best = found[depth].x
 # %% [markdown]
 # ## Evidence and held-out likelihood side by side
 #
-# From the best network, one hyperparameter at a time is changed by a factor.
+# Start from the best network, and change one hyperparameter at a time by a
+# factor.
 
 # %%
-FACTORS = np.geomspace(1 / 3, 3, 7)
+FACTORS = np.geomspace(1 / 2, 2, 5)
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 curves = {}
 for i, name in enumerate(START):
@@ -130,13 +131,15 @@ for i, name in enumerate(START):
         _, posterior, p = inferred(moved, depth)
         rows.append([float(posterior.log_evidence), *scores(p)[1:]])
     evidence, nll, error = np.transpose(rows)
-    axes[0].semilogx(FACTORS, evidence, "o-", label=name)
+    axes[0].plot(FACTORS, evidence, "o-", label=name)
     axes[1].errorbar(FACTORS, nll, error, fmt="o-", capsize=3)
     curves[name] = evidence, nll
 axes[0].set(title="Bound of the log evidence", xlabel="factor", ylabel="nats")
-axes[1].set(
-    title="Held-out labels", xlabel="factor", ylabel="NLL, nats", xscale="log"
-)
+axes[1].set(title="Held-out labels", xlabel="factor", ylabel="NLL, nats")
+for axis in axes:
+    axis.set_xscale("log")
+    axis.set_xticks(FACTORS, [f"{factor:.2g}" for factor in FACTORS])
+    axis.minorticks_off()
 axes[0].legend()
 plt.show()
 
@@ -146,8 +149,8 @@ plt.show()
 #
 # ## What the posterior says
 #
-# Probabilities are exact expectations over the logits' posterior, not the
-# softmax of a mean; they come with a covariance, which says how sure the
+# Probabilities are exact expectations over the logits' posterior, and not the
+# softmax of a mean. They come with a covariance, which says how sure the
 # posterior is of them.
 
 # %%
@@ -182,8 +185,9 @@ plt.show()
 # %% [markdown]
 # ## Beside least squares
 #
-# One linear solve, and no iteration; but the scale of its targets sets how sure
-# it is of itself, and somebody has to choose that scale.
+# Least squares takes one linear solve and no iteration. But the scale of its
+# targets decides how sure it is of itself, and somebody has to choose that
+# scale.
 
 # %%
 accuracy, nll, error = scores(p_test)
@@ -208,10 +212,10 @@ for scale in (1.0, 4.0, 16.0):
 # %% [markdown]
 # ## With scikit-learn's contract
 #
-# The classifier does all of that, for a network of any hyperparameters. It
-# needs a start for each. With `inference="least_squares"`, its default, it
-# chooses noise and scale of the regression as well: noise by the evidence,
-# scale by the leave-one-out likelihood.
+# The classifier does all of that for a network with any hyperparameters. It
+# needs a start for each of them. With `inference="least_squares"`, its default,
+# it also chooses the noise of the regression by the evidence, and its scale by
+# the leave-one-out likelihood.
 
 # %%
 fitted = {}

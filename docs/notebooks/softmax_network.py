@@ -2,8 +2,8 @@
 # # A softmax at the end of an infinite network
 #
 # This notebook compares the kernels of an infinitely wide network that ends in
-# softmax with the average over finite networks. Inputs lie on a half circle, so
-# a kernel is a function of one angle.
+# softmax with averages over finite networks. Inputs lie on a half circle, so a
+# kernel is a function of one angle.
 
 # %%
 import jax
@@ -18,7 +18,7 @@ from taylor_softmax import nt, stax
 N_CLASSES = 10
 angles = np.linspace(0, np.pi, 13)
 x = jnp.sqrt(2.0) * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
-x0 = x[:1]  # angle 0, against which all others are held
+x0 = x[:1]  # angle 0, with which all others are compared
 
 
 def body(width):
@@ -113,8 +113,8 @@ plt.show()
 # errors. At this variance order 2 differs from softmax, and order 8 hardly
 # does.
 #
-# The same as numbers, in standard errors. At width 256 a deviation of the order
-# of $1/256$ is left.
+# Here is the same as numbers. `z` is a deviation in standard errors. At width
+# 256 a deviation of the order of $1/256$ is left.
 
 # %%
 for name, estimates in sampled.items():

@@ -97,10 +97,10 @@ networks = {
 }
 for name, kernel_fn in networks.items():
     start = time.perf_counter()
-    share = accuracy(kernel_fn, "nngp")
-    error = np.sqrt(share * (1 - share) / N_TEST)
+    score = accuracy(kernel_fn, "nngp")
+    error = np.sqrt(score * (1 - score) / N_TEST)
     print(
-        f"{name:>20}: {share:.2f} +- {error:.2f}, "
+        f"{name:>20}: {score:.2f} +- {error:.2f}, "
         f"{time.perf_counter() - start:.0f} s"
     )
 
