@@ -15,12 +15,8 @@ import taylor_softmax
 from oracles import attention as oracle
 from taylor_softmax import stax
 from taylor_softmax._numerics.errors import (
-    ATTENTION_CROSS,
-    ATTENTION_NNGP,
-    ATTENTION_NTK,
+    ATTENTION,
     ATTENTION_ROTARY,
-    ATTENTION_ROWS,
-    ATTENTION_VARYING,
     promised,
 )
 from taylor_softmax._position_axis import attention_terms, rotary
@@ -66,11 +62,8 @@ CASES = {
 
 def tolerances(case):
     """Of NNGP and NTK."""
-    ratio = case.get("ratio", 1.0)
-    if ratio == 1:
-        return [promised(of, case["variance"]) for of in (ATTENTION_NNGP, ATTENTION_NTK)]
     # The variance of a problem is that of logits of tokens of mean variance.
-    return [promised(ATTENTION_VARYING, case["variance"] * ratio)] * 2
+    return [promised(ATTENTION, case["variance"] * case.get("ratio", 1.0))] * 2
 
 
 def rows_of(option, size):
@@ -117,7 +110,7 @@ def sampled(name, option=""):
     if rotary is not None:
         return problem, truth, [promised(ATTENTION_ROTARY, case["variance"])] * 2
     if given:
-        return problem, truth, [promised(ATTENTION_ROWS, case["variance"])] * 2
+        return problem, truth, [promised(ATTENTION, case["variance"])] * 2
     return problem, truth, tolerances(case)
 
 
@@ -160,7 +153,7 @@ def test_queries_of_another_sequence(option, rows):
     truth = oracle.kernels(problem, rows=rows, rotary=option.get("rotary"), n_samples=200_000)
     nngp, ntk = moments(problem, **option)
     assert nngp.shape == ntk.shape == (4, 3)
-    quantity = ATTENTION_ROTARY if option.get("rotary") else ATTENTION_CROSS
+    quantity = ATTENTION_ROTARY if option.get("rotary") else ATTENTION
     limit = [np.ones(4, bool), np.ones(3, bool)], promised(quantity, 2.0)
     assert excess(nngp, truth.nngp, truth.nngp_stderr, *limit) < 1
     assert excess(ntk, truth.ntk, truth.ntk_stderr, *limit) < 1
@@ -188,7 +181,7 @@ def test_each_term_of_the_ntk_is_needed():
     for name in names:
         parts[name] = total.ntk - ntk(**{name: nothing}).ntk
     np.testing.assert_allclose(sum(parts.values()), total.ntk, rtol=1e-9)
-    limit = truth.ntk, truth.ntk_stderr, problem.present, promised(ATTENTION_NTK, 1.0)
+    limit = truth.ntk, truth.ntk_stderr, problem.present, promised(ATTENTION, 1.0)
     assert excess(total.ntk, *limit) < 1
     for name, part in parts.items():
         assert excess(total.ntk - part, *limit) > 1, name
@@ -197,7 +190,7 @@ def test_each_term_of_the_ntk_is_needed():
 def test_mean_over_nothing_but_correlation_0_fails():
     problem, truth, _ = sampled("small logits")
     uncorrelated = moments(problem._replace(scale=1e-12)).nngp
-    limit = truth.nngp, truth.nngp_stderr, problem.present, promised(ATTENTION_NNGP, 0.25)
+    limit = truth.nngp, truth.nngp_stderr, problem.present, promised(ATTENTION, 0.25)
     assert excess(uncorrelated, *limit) > 1
 
 
@@ -418,7 +411,7 @@ def test_tokens_in_another_order(options):
     order = np.array([3, 0, 4, 2, 1])
     *_, kernel_fn = attention_layer(**options)
     nngp, permuted = kernel_fn(x).nngp, kernel_fn(x[:, order]).nngp
-    limit = 1e-6 if options else 3 * promised(ATTENTION_NNGP, 1.0)
+    limit = 1e-6 if options else 3 * promised(ATTENTION, 1.0)
     expected = nngp[:, :, order][..., order]
     np.testing.assert_allclose(permuted, expected, atol=limit * np.max(np.abs(nngp)))
 
@@ -456,7 +449,7 @@ def test_symmetric_and_positive_semi_definite():
         matrix = np.transpose(of, (0, 2, 1, 3)).reshape(80, 80)
         np.testing.assert_array_equal(matrix, matrix.T)
         values = np.linalg.eigvalsh(matrix)
-        assert values[0] > -promised(ATTENTION_NNGP, 4.0) * values[-1]
+        assert values[0] > -promised(ATTENTION, 4.0) * values[-1]
 
 
 def transformer(depth, last, **options):
@@ -544,7 +537,7 @@ def test_masks_are_biases(covariances):
     wide, unmasked = (
         taylor_softmax.attention_second_moment(*covariances[0], window=w) for w in (3, None)
     )
-    limit = promised(ATTENTION_ROWS, 1.0) + promised(ATTENTION_NNGP, 1.0)
+    limit = promised(ATTENTION, 1.0) + promised(ATTENTION, 1.0)
     np.testing.assert_allclose(wide.nngp, unmasked.nngp, atol=limit * np.max(np.abs(unmasked.nngp)))
 
 

@@ -92,8 +92,8 @@ class LayerProblem:
         quantities = {
             (POSITIONS, "nngp"): errors.POSITIONS_NNGP,
             (POSITIONS, "ntk"): errors.POSITIONS_NTK,
-            (ATTENTION, "nngp"): errors.ATTENTION_NNGP,
-            (ATTENTION, "ntk"): errors.ATTENTION_NTK,
+            (ATTENTION, "nngp"): errors.ATTENTION,
+            (ATTENTION, "ntk"): errors.ATTENTION,
         }
         return errors.promised(quantities[self.axis, kernel], max(self.var1, self.var2))
 

@@ -50,12 +50,8 @@ POSITIONS_NNGP = "over up to 16 positions, other orders and softmax, NNGP"
 POSITIONS_NTK = "over up to 16 positions, other orders and softmax, NTK"
 POSITIONS_MANY_NNGP = "over 17 to 64 positions, other orders and softmax, NNGP"
 POSITIONS_MANY_NTK = "over 17 to 64 positions, other orders and softmax, NTK"
-ATTENTION_NNGP = "attention over up to 64 tokens of equal variances, NNGP"
-ATTENTION_NTK = "attention over up to 64 tokens of equal variances, NTK"
-ATTENTION_VARYING = "attention, variances of tokens by a factor 6, NNGP and NTK"
-ATTENTION_ROWS = "attention, causal, windowed or biased, NNGP and NTK"
+ATTENTION = "attention over up to 64 tokens, NNGP and NTK"
 ATTENTION_ROTARY = "attention, rotary, NNGP and NTK"
-ATTENTION_CROSS = "attention across sequences, NNGP and NTK"
 PROBABILITIES = "class probabilities, covariance, log-normaliser, up to 1,000 classes"
 CORRELATED = "class probabilities and covariance of logits that covary, up to 30 classes"
 
@@ -107,10 +103,7 @@ TABLES = (
     Table(
         "Attention",
         "relative to the geometric mean of the two inputs' largest entries at correlation 1",
-        (
-            *(ATTENTION_NNGP, ATTENTION_NTK, ATTENTION_VARYING),
-            *(ATTENTION_ROWS, ATTENTION_ROTARY, ATTENTION_CROSS),
-        ),
+        (ATTENTION, ATTENTION_ROTARY),
     ),
     Table("Class probabilities", "absolute", (PROBABILITIES, CORRELATED)),
 )
@@ -175,29 +168,15 @@ PROMISES = (
     Promise(POSITIONS_MANY_NTK, 1.0, 5e-2, 5e-2),
     Promise(POSITIONS_MANY_NTK, 4.0, 0.1, 0.1),
     Promise(POSITIONS_MANY_NTK, 100.0, 0.25, 0.25),
-    # Of i.i.d. tokens at correlation 1, the worst there are, with five seeds; at large variances
-    # most of it is what polynomials in the correlation of two queries are off.
-    Promise(ATTENTION_NNGP, 1.0, 5e-4, 5e-4),
-    Promise(ATTENTION_NNGP, 4.0, 3e-3, 3e-3),
-    Promise(ATTENTION_NNGP, 20.0, 3e-2, 3e-2),
-    Promise(ATTENTION_NNGP, 100.0, 0.1, 0.1),
-    Promise(ATTENTION_NTK, 1.0, 1e-3, 1e-3),
-    Promise(ATTENTION_NTK, 4.0, 8e-3, 8e-3),
-    Promise(ATTENTION_NTK, 20.0, 4e-2, 4e-2),
-    Promise(ATTENTION_NTK, 100.0, 0.1, 0.1),
-    Promise(ATTENTION_VARYING, 1.0, 1e-3, 1e-3),
-    Promise(ATTENTION_VARYING, 6.0, 5e-3, 5e-3),
-    Promise(ATTENTION_VARYING, 24.0, 3e-2, 3e-2),
-    Promise(ATTENTION_ROWS, 1.0, 2e-3, 2e-3),
-    Promise(ATTENTION_ROWS, 4.0, 1e-2, 1e-2),
-    Promise(ATTENTION_ROWS, 24.0, 3e-2, 3e-2),
-    Promise(ATTENTION_ROWS, 100.0, 0.1, 0.1),
-    Promise(ATTENTION_ROTARY, 1.0, 2e-3, 2e-3),
-    Promise(ATTENTION_ROTARY, 4.0, 1e-2, 1e-2),
-    Promise(ATTENTION_CROSS, 1.0, 1e-3, 1e-3),
-    Promise(ATTENTION_CROSS, 4.0, 8e-3, 8e-3),
-    Promise(ATTENTION_CROSS, 20.0, 4e-2, 4e-2),
-    Promise(ATTENTION_CROSS, 100.0, 0.1, 0.1),
+    # Of tokens of any covariance, with any seed. The worst are of rank 1 to 3, where few directions
+    # carry everything; i.i.d. tokens come to a third of it. From variance 20 on most of it is what
+    # polynomials in the correlation of two queries are off.
+    Promise(ATTENTION, 1.0, 3e-3, 3e-3),
+    Promise(ATTENTION, 4.0, 1.5e-2, 1.5e-2),
+    Promise(ATTENTION, 20.0, 5e-2, 5e-2),
+    Promise(ATTENTION, 100.0, 0.15, 0.15),
+    Promise(ATTENTION_ROTARY, 1.0, 3e-3, 3e-3),
+    Promise(ATTENTION_ROTARY, 4.0, 1.5e-2, 1.5e-2),
     Promise(PROBABILITIES, 1e4, 1e-6, 1e-5),
     Promise(CORRELATED, 1.0, 1e-4, 1e-4),
     Promise(CORRELATED, 10.0, 1e-3, 1e-3),

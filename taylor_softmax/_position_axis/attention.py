@@ -102,13 +102,10 @@ def attention_second_moment(
     estimated, where keys of the two inputs have correlations near 1: change all of them together,
     as a hyperparameter of the layers before does, or use `order=2`.
 
-    Errors, relative to the largest entries of the inputs with themselves: `ATTENTION_NNGP` and
-    `ATTENTION_NTK` in `taylor_softmax._numerics.errors` where all `Q_aa` of an input are equal and
-    all queries attend to all keys, `ATTENTION_VARYING` where the `Q_aa` differ by a factor of up to
-    6, `ATTENTION_ROWS` where queries have rows of biases of their own, `ATTENTION_ROTARY` with
-    rotary embeddings, and `ATTENTION_CROSS` with queries of another sequence; each by the largest
-    variance of the logits (order 2: they are 1e-3 then). Where values are concrete, an estimated
-    error of more than 5e-2 of the NNGP or 0.1 of the NTK warns.
+    Errors are relative to the largest entries of the inputs with themselves. Those promised are
+    `ATTENTION`, with rotary embeddings `ATTENTION_ROTARY`, in `taylor_softmax._numerics.errors`, by
+    the largest variance of the logits (order 2: they are 1e-3 then). Where values are concrete, an
+    estimated error of more than 5e-2 of the NNGP or 0.1 of the NTK warns.
 
     Args:
       cov11, cov12, cov22: `K11`, `(..., S1, S1)`, `K12`, `(..., S1, S2)`, and `K22`.

@@ -218,7 +218,7 @@ def _estimator(
     outer = [_centred(x, one, two, mechanism) for x in values]
     polynomials: list[tuple[float, ...]] = [trace.NODES]
     if budget.error is not None:
-        polynomials.insert(0, trace.NODES_OF_ERROR)
+        polynomials = [trace.NODES_OF_ERROR, trace.NODES_OF_ERROR[:2]]
     alike = n_classes(one, two) == 1
     first, second = one.logits, two.logits
     assert isinstance(first, trace.QueryLogits)

@@ -224,6 +224,19 @@ def scramblings(
     return jax.lax.optimization_barrier(jnp.asarray(np.stack(points), dtype))
 
 
+def leading_first(size1: int, size2: int) -> np.ndarray:
+    """Which dimension each coordinate of `z1`, `z2` and `z3` takes, leading principal axes first.
+
+    The first dimensions are the best ones, also in pairs. One block of dimensions behind the other
+    gives the leading axes of all three to dimensions far apart, and of some of those 128 points are
+    no better than random ones: keys of rank 1 had 10 times the error (8 tokens, measured).
+    """
+    axis = np.concatenate([np.arange(size1), np.arange(size2), np.arange(size2)])
+    # Where inputs are alike, `z2` does not count.
+    last = np.repeat([0, 2, 1], [size1, size2, size2])
+    return np.argsort(np.lexsort([last, axis]))
+
+
 @functools.cache
 def _sobol_points(n_points: int, dimension: int, entropy: tuple[int, int, int]) -> np.ndarray:
     """Scrambled Sobol points, mapped to the standard normal distribution."""

@@ -44,16 +44,16 @@ _MEAN_POINTS, _MORE_OF_MEANS, _SCALE_POINTS = 1 << 14, 4, 1 << 9
 # Groups of them at most.
 _GROUPS = 8
 
-# Correlations at which `G` is sampled. Without the second the error is 5 to 10 times as large from
-# variance 1 on. Where an error is asked for, polynomials must not be off by more than points are:
-# see `steepness`.
-NODES, NODES_OF_ERROR = (1.0, 0.6), (1.0, 0.6, 0.9)
+# Correlations at which `G` is sampled. With 0.6 in the place of 0.7 tokens of rank 1 are off by two
+# to three times as much. Where an error is asked for, polynomials must not be off by more than
+# points are: there are three nodes, of which the first two tell the error.
+NODES, NODES_OF_ERROR = (1.0, 0.7), (1.0, 0.6, 0.9)
 
-# Variance of the logits at which `k` is a half. With `k` and two or three nodes, and with `k = 0`
-# and two, `G` is off by 2e-4, 2e-5, 3e-4 of its value at 1 at variance 1, by 1e-3, 5e-4, 1e-2 at 4,
-# by 3e-2, 1e-2, 0.1 at 20 and by 6e-2, 4e-2, 0.4 at 100; its integral by about half of that
-# (16 keys). With 2 and 8 in the place of 4 it is off by more at variances 1 to 4 or from 20 on.
-_STEEP = 4.0
+# Variance of the logits at which `k` is a half. With two nodes NNGP and NTK are off by up to 3e-3,
+# 2e-2, 4e-2 at variances 4, 20, 100 for tokens of rank 1, and by 2e-3, 1e-2, 2e-2 for 16 i.i.d.
+# tokens. With `k = 0` both are off by 3e-3, 4e-2, 0.2. With 4 in the place of 2.5 tokens of rank 1
+# are off by 8e-2 at 100, with 2 i.i.d. ones by 2e-2 at 20.
+_STEEP = 2.5
 
 # Numbers in an array of a block of points on a CPU, whose caches it has to fit.
 _BLOCK = 1 << 17
