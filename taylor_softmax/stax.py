@@ -1,8 +1,10 @@
 """Everything that `neural_tangents.stax` has, and softmax layers with analytic kernels.
 
+```python
 init_fn, apply_fn, kernel_fn = stax.serial(
     stax.Dense(512), stax.Relu(), stax.Dense(10), stax.Softmax()
 )
+```
 """
 
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]

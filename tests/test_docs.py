@@ -1,6 +1,7 @@
 """Code in the README and in the docs runs as printed; the site has a page for all there is."""
 
 import importlib
+import inspect
 import pathlib
 import re
 import runpy
@@ -128,6 +129,28 @@ def test_code_is_in_its_language():
             tokens = [value for kind, value in lexer.get_tokens(block) if kind in Token.Error]
             assert not tokens, (page.name, tokens)
     assert {"python", "bash"} <= languages
+
+
+def statements(text):
+    """Lines that assign something and are neither in a block of code nor indented."""
+    return re.findall(r"^\w[\w, ]* = .*", FENCED.sub("", text), re.MULTILINE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("module", PUBLIC)
+def test_code_of_docstrings_is_a_block(module):
+    """A formatter takes the indentation away that is all that makes a block of it."""
+    loaded = importlib.import_module(module)
+    documented = [loaded, *(getattr(loaded, name) for name in loaded.__all__)]
+    for each in documented:
+        if getattr(each, "__module__", module).startswith("taylor_softmax"):
+            assert not statements(inspect.getdoc(each) or ""), each
+
+
+@pytest.mark.quick
+def test_code_outside_a_block_is_noticed():
+    assert statements("Text.\n\na, b = f(\n    1\n)\n")
+    assert not statements("Text, `a = b`.\n\n```python\na = 1\n```\n\n    b = c\n")
 
 
 @pytest.mark.quick
