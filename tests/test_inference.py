@@ -286,10 +286,10 @@ def test_what_is_compiled_serves_other_numbers_of_inputs(caplog):
         done = [each for each in caplog.messages if "Finished XLA compilation" in each]
         return sum(any(name in each for name in long) for each in done)
 
-    compiled(33, 2)
-    assert compiled(50, 16) == 0
+    compiled(49, 2)
+    assert compiled(80, 16) == 0
     # Control: beyond the next size it does not.
-    assert compiled(65, 17) > 0
+    assert compiled(81, 17) > 0
 
 
 def test_evidence_with_inducing_inputs_is_differentiable():
