@@ -537,7 +537,7 @@ def test_masks_are_biases(covariances):
     wide, unmasked = (
         taylor_softmax.attention_second_moment(*covariances[0], window=w) for w in (3, None)
     )
-    limit = promised(ATTENTION, 1.0) + promised(ATTENTION, 1.0)
+    limit = 2 * promised(ATTENTION, 1.0)
     np.testing.assert_allclose(wide.nngp, unmasked.nngp, atol=limit * np.max(np.abs(unmasked.nngp)))
 
 

@@ -131,7 +131,8 @@ def test_errors_are_as_promised_and_as_reported(size, rows):
     of = Problems(size)
     got = of.estimates(QuasiMonteCarlo(), rows)
     nngp, ntk, scales = of.expected()
-    limits = np.array([errors.promised(errors.ATTENTION, v) for v in of.variance])
+    # Tokens of other covariances come to all of what is promised, i.i.d. ones to a third.
+    limits = np.array([errors.promised(errors.ATTENTION, v) for v in of.variance]) / 3
     for column, (value, want, scale) in enumerate(zip(got[:2], (nngp, ntk), scales, strict=True)):
         error = relative(value, want, scale)
         assert np.all(error < limits), error / limits

@@ -89,13 +89,9 @@ class LayerProblem:
         """Promised error of "nngp" or "ntk", relative to its scale; 0 of an exact kernel."""
         if not self.is_estimated:
             return 0.0
-        quantities = {
-            (POSITIONS, "nngp"): errors.POSITIONS_NNGP,
-            (POSITIONS, "ntk"): errors.POSITIONS_NTK,
-            (ATTENTION, "nngp"): errors.ATTENTION,
-            (ATTENTION, "ntk"): errors.ATTENTION,
-        }
-        return errors.promised(quantities[self.axis, kernel], max(self.var1, self.var2))
+        of_positions = {"nngp": errors.POSITIONS_NNGP, "ntk": errors.POSITIONS_NTK}
+        quantity = errors.ATTENTION if self.axis == ATTENTION else of_positions[kernel]
+        return errors.promised(quantity, max(self.var1, self.var2))
 
     @property
     def is_biased(self) -> bool:
