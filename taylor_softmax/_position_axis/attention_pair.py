@@ -166,9 +166,7 @@ def sampled(
         of_points = estimate.relative_error(
             state.stderr()[:k], of_units, state.n, budget.n_scramblings
         )
-        if budget.error is None:
-            return of_points
-        # What polynomials are off, of which the spread says nothing: those through fewer nodes are
+        # What polynomials are off, of which the spread says nothing: those through a node less are
         # off by at least twice as much.
         fewer = jnp.max(jnp.abs(state.mean[:k] - state.mean[k:]), (1, 2)) / 2
         return of_points + fewer / jnp.maximum(of_units, float(jnp.finfo(fewer.dtype).tiny))
@@ -210,15 +208,11 @@ def _with_groups(points: Array, one: Prepared) -> trace.Scrambling:
 def _estimator(
     mechanism: Mechanism, budget: Budget, one: Prepared, two: Prepared, cross: Cross
 ) -> Callable[[trace.Scrambling], Float[Array, "results A1 A2"]]:
-    """From one scrambling to NNGP and NTK.
-
-    Where an error is asked for, both of polynomials through fewer nodes follow.
-    """
+    """From one scrambling to NNGP and NTK, and both again of polynomials through a node less."""
     values, matrices, forms = _matrices(cross, mechanism)
     outer = [_centred(x, one, two, mechanism) for x in values]
-    polynomials: list[tuple[float, ...]] = [trace.NODES]
-    if budget.error is not None:
-        polynomials = [trace.NODES_OF_ERROR, trace.NODES_OF_ERROR[:2]]
+    nodes = trace.NODES if budget.error is None else trace.NODES_OF_ERROR
+    polynomials = [nodes, nodes[:-1]]
     alike = n_classes(one, two) == 1
     first, second = one.logits, two.logits
     assert isinstance(first, trace.QueryLogits)

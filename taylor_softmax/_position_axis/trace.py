@@ -46,7 +46,7 @@ _GROUPS = 8
 
 # Correlations at which `G` is sampled. With 0.6 in the place of 0.7 tokens of rank 1 are off by two
 # to three times as much. Where an error is asked for, polynomials must not be off by more than
-# points are: there are three nodes, of which the first two tell the error.
+# points are: there are three nodes. Those through all nodes but the last one tell the error.
 NODES, NODES_OF_ERROR = (1.0, 0.7), (1.0, 0.6, 0.9)
 
 # Variance of the logits at which `k` is a half. With two nodes NNGP and NTK are off by up to 3e-3,
