@@ -91,16 +91,28 @@ def test_labels_of_any_integers(dtype):
     assert labels.shape == (6, 300)
 
 
-BFLOAT16 = jnp.full((6, 3), 1 / 3, jnp.bfloat16)
-
-
-def test_soft_labels_of_any_precision():
-    """Their sums are off by rounding in the precision that they came in."""
-    assert abs(float(np.sum(np.asarray(BFLOAT16, float), 1)[0]) - 1) > 1e-3
-    labels, _ = read_labels(BFLOAT16, 6, None)
+@pytest.mark.quick(dtype=jnp.float16)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_sums_of_soft_labels_in_half_precision(dtype):
+    """They may be off by twice the rounding of the dtype that the labels came in, and no more."""
+    thirds = jnp.full((6, 3), 1 / 3, dtype)
+    plain = np.asarray(thirds, np.float32)
+    assert np.all(abs(plain.sum(1) - 1) > 2e-4)
+    labels, _ = read_labels(thirds, 6, None)
     assert labels.dtype == np.float32
+    np.testing.assert_array_equal(labels, plain)
+    # Control: float32 does not round by as much.
     with pytest.raises(ValueError, match=r"`y_train` .*sum to 1"):
-        read_labels(np.asarray(BFLOAT16, np.float32), 6, None)
+        read_labels(plain, 6, None)
+
+    def short_by(missing):
+        return jnp.tile(jnp.array([0.5, 0.25, 0.25 - missing], dtype), (6, 1))
+
+    eps = float(jnp.finfo(dtype).eps)
+    read_labels(short_by(1.5 * eps), 6, None)
+    # Control: this much is no rounding of the dtype, though it would be of a coarser one.
+    with pytest.raises(ValueError, match=r"`y_train` .*sum to 1"):
+        read_labels(short_by(2.5 * eps), 6, None)
 
 
 @pytest.mark.quick
