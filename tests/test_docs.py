@@ -95,6 +95,28 @@ def test_functions_and_relations_have_space_around_them():
 
 
 @pytest.mark.quick
+def test_a_sign_has_no_space_behind_it():
+    """Unlike the minus of a difference. Infinity has none either: it is no operator."""
+    for formula in (r"\exp(-t)", "[-1, 1]", "x = -y", r"(0, -\infty)", r"\int -f'"):
+        assert formulas.mathml(formula).count('<mo form="prefix">&#x02212;</mo>') == 1, formula
+    for formula in ("a - b", "(a) - b", "a_i - b", "|a| - b", "n! - 1", "-a"):
+        assert "prefix" not in formulas.mathml(formula), formula
+    assert "<mi>&#x0221E;</mi>" in formulas.mathml(r"\infty")
+
+
+@pytest.mark.quick
+def test_no_line_breaks_between_a_formula_and_its_punctuation():
+    def converted(text):
+        formula = r'<span class="arithmatex">\(m\)</span>'
+        return formulas.on_page_content(text.replace("$m$", formula), page=None)
+
+    m = formulas.mathml("m")
+    assert converted("an $m$, even") == f'an <span class="formula">{m},</span> even'
+    assert converted("($m$ is even)") == f'<span class="formula">({m}</span> is even)'
+    assert converted("an even $m$ here") == f"an even {m} here"
+
+
+@pytest.mark.quick
 def test_what_comes_out_broken_is_noticed():
     """Negative control: an environment and a command that the converter does not know."""
     for broken in (r"\begin{aligned} a &= b \end{aligned}", r"\unheardof{x}"):

@@ -25,9 +25,10 @@ def plain(annotation: Any) -> Any:
 
 class PlainSignatures(griffe.Extension):
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        for parameter in func.parameters:
-            parameter.annotation = plain(parameter.annotation)
-        func.returns = plain(func.returns)
+        for signature in (func, *(func.overloads or ())):
+            for parameter in signature.parameters:
+                parameter.annotation = plain(parameter.annotation)
+            signature.returns = plain(signature.returns)
 
     def on_attribute(self, *, attr: griffe.Attribute, **_: Any) -> None:
         attr.annotation = plain(attr.annotation)

@@ -150,7 +150,7 @@ axis.set(
 )
 axis.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
 axis.minorticks_off()
-axis.legend()
+axis.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
