@@ -256,3 +256,35 @@ def test_reference_has_every_public_name(module):
     public = importlib.import_module(module).__all__
     assert set(public) <= set(names)
     assert len(set(public)) == len(public)
+
+
+def unknown_places(text):
+    """Files that a text names and nobody has, and names that are not in the file behind them."""
+    files = [
+        path
+        for folder in ("taylor_softmax", "derivations")
+        for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+
+    def found(name):
+        return [path for path in files if str(path).endswith(f"/{name}")]
+
+    named = re.findall(r"`([\w/]+\.py)`", text)
+    defined = re.findall(r"`(?:\w+\.)?(\w+)` \(`([\w/]+\.py)`\)", text)
+    missing = [name for name in named if not found(name)]
+    for name, file in defined:
+        pattern = re.compile(rf"^ *(?:def|class) {name}\b", re.MULTILINE)
+        if not any(pattern.search(path.read_text()) for path in found(file)):
+            missing.append(name)
+    assert len(defined) < len(named)
+    return missing
+
+
+@pytest.mark.quick
+def test_the_map_names_what_there_is():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not unknown_places(text)
+    # Controls: a function that has another name, and a file.
+    assert "covariances" in text
+    assert unknown_places(text.replace("`covariances`", "`class_covariances`"))
+    assert unknown_places(text.replace("`trace.py`", "`traces.py`"))
