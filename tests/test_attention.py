@@ -19,6 +19,7 @@ from taylor_softmax._numerics.errors import (
     ATTENTION_ROTARY,
     promised,
 )
+from taylor_softmax._numerics.precision import enable_x64
 from taylor_softmax._position_axis import attention_terms, rotary
 from taylor_softmax._position_axis.attention_pair import Kernels
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
@@ -472,7 +473,7 @@ def test_transformer_is_finite_in_float32(depth):
     x[2] = x[1] + 1e-4
     *_, kernel_fn = transformer(depth, stax.GlobalAvgPool(), pos_emb_type="SUM")
     # neural_tangents makes float64 of everything as soon as there is float64.
-    with jax.enable_x64(False):
+    with enable_x64(False):
         kernel = kernel_fn(x)
     for of in (kernel.nngp, kernel.ntk):
         assert of.dtype == np.float32
@@ -626,7 +627,7 @@ def test_strict_promotion_of_types():
     network = stax.serial(
         stax.Dense(4), attention_layer(pos_emb_type="SUM", causal=True, method=FEW)
     )
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("strict"):
+    with enable_x64(False), jax.numpy_dtype_promotion("strict"):
         init_fn, apply_fn, kernel_fn = network
         _, params = init_fn(random.key(0), x.shape)
         assert apply_fn(params, x, mask_constant=7.0).masked_value.dtype == np.float32

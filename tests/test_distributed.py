@@ -28,6 +28,7 @@ from jax import lax
 from taylor_softmax import class_kernel, distributed, nt, stax
 from taylor_softmax._distributed import arrays as tiles
 from taylor_softmax._distributed import storage
+from taylor_softmax._numerics.precision import enable_x64
 from taylor_softmax.distributed import Cholesky, ConjugateGradients, kernel_array, solve, store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -205,7 +206,7 @@ def test_zarr_arrays_are_inputs(zarr, tmp_path):
 
 def test_precision_is_that_asked_for():
     want = NETWORK(X1, X2, GET)
-    with tiles._enable_x64(False):
+    with enable_x64(False):
         single = kernel_array(NETWORK, X1, X2, chunks=10)
         assert single.nngp.dtype == np.float32
         double = kernel_array(NETWORK, X1, X2, chunks=10, dtype="float64")
@@ -708,7 +709,7 @@ def test_rows_of_a_kernel_on_two_hosts():
     assert [each["devices"] for each in rows] == [2, 2]
     x = np.random.default_rng(1).standard_normal((8, 5)).astype(np.float32)
     kernel_fn = network(stax.Dense(8), stax.Softmax(infinite_width=True))
-    with tiles._enable_x64(False):
+    with enable_x64(False):
         want = kernel_fn(jnp.asarray(x), -jnp.asarray(x[:3]), "ntk")
     for i, each in enumerate(rows):
         assert np.shape(each["rows"]) == (4, 3)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from taylor_softmax import predict, stax
 from taylor_softmax._classifier import likelihoods, search
 from taylor_softmax._classifier.network import Network, fully_connected
+from taylor_softmax._numerics.precision import enable_x64
 from taylor_softmax._probabilities import regression
 from taylor_softmax._probabilities.priors import Exact
 from taylor_softmax.sklearn import InfiniteNetworkClassifier
@@ -354,7 +354,7 @@ def test_probabilities_are_at_most_1():
     """Metrics of scikit-learn refuse one that rounding has put above, in float32 too."""
     x = np.concatenate([X - 5, X, X + 5])
     labels = np.repeat([0, 1, 2], len(X))
-    with jax.enable_x64(False):
+    with enable_x64(False):
         p = fixed().fit(x, labels).predict_proba(np.concatenate([x, 10 * x]))
     assert p.dtype == np.float32
     assert p.max() == 1
@@ -461,6 +461,6 @@ def test_digits_beside_the_classifier_of_scikit_learn():
         p = classifier.fit(x[:n], labels[:n]).predict_proba(x[n:])
         return -np.mean(np.log(p[np.arange(len(x) - n), labels[n:]]))
 
-    with jax.enable_x64(False):
+    with enable_x64(False):
         ours = nll(InfiniteNetworkClassifier())
     assert ours < 0.7 * nll(GaussianProcessClassifier(1.0 * RBF(20.0)))

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import importlib
 import os
 import threading
 import uuid
@@ -23,6 +22,7 @@ from taylor_softmax._distributed.optional import (
     tokenize,
 )
 from taylor_softmax._numerics.arguments import Validated, check_integer
+from taylor_softmax._numerics.precision import enable_x64
 
 KERNELS = ("nngp", "ntk")
 
@@ -99,7 +99,7 @@ class Function:
 
     def abstract(self, x1: list[Any], x2: list[Any]) -> tuple[Any, ...]:
         """Shapes and dtypes of results, for those of inputs."""
-        with _enable_x64(self._parts[2]):
+        with enable_x64(self._parts[2]):
             return jax.eval_shape(self._call, x1, x2)
 
     def _call(self, x1: list[Any], x2: list[Any] | None) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ class Function:
         return tuple(getattr(kernel, name) for name in names)
 
     def __call__(self, x1: list[Any], x2: list[Any] | None) -> tuple[np.ndarray, ...]:
-        with _enable_x64(self._parts[2]):
+        with enable_x64(self._parts[2]):
             x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
             kinds = str(jax.tree.map(lambda x: (x.shape, x.dtype), (x1, x2)))
             # Threads of a worker that start together would otherwise compile together.
@@ -132,13 +132,6 @@ def _function(*parts: Any) -> Function:
 def _loaded(payload: bytes) -> Function:
     """One for all tiles that a process computes, and for its next call."""
     return Function(cloudpickle.loads(payload), payload)
-
-
-def _enable_x64(enable: bool) -> Any:
-    """A context, of the thread that enters it."""
-    # Where it was before JAX 0.8, and is no more.
-    where: Any = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")
-    return where.enable_x64(enable)
 
 
 def _tile(function: Function, x1: list[Any], x2: list[Any] | None) -> tuple[np.ndarray, ...]:

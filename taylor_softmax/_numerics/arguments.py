@@ -85,7 +85,9 @@ def as_real(**arguments: Any) -> tuple[list[Array], Any]:
     for name, value in arguments.items():
         hint = f"`{name}` must be a real number or an array of them, got"
         try:
-            if value is None or isinstance(value, str | bytes):
+            # JAX 0.4 takes a None inside for NaN, such as that of a kernel without NTK, and warns.
+            parts = jax.tree.leaves(value, is_leaf=lambda part: part is None)
+            if any(part is None or isinstance(part, str | bytes) for part in parts):
                 raise TypeError("not a number")
             # What is concrete stays so, and can be checked, inside `jit` too.
             with jax.ensure_compile_time_eval():

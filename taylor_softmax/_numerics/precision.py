@@ -1,8 +1,11 @@
 """Products in full precision, and what keeps floats away from underflow and from roots at 0."""
 
+import contextlib
 import functools
+import importlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -19,6 +22,13 @@ def single_at_least(dtype: DTypeLike) -> Any:
     Under strict promotion float64 and float32 have no common type, so that none is asked for.
     """
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def enable_x64(enable: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context with or without float64, for the thread that enters it."""
+    # JAX before 0.8 has it in `jax.experimental`, later versions no longer.
+    module: Any = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")
+    return module.enable_x64(enable)
 
 
 def log_tiny(dtype: DTypeLike) -> float:
