@@ -1,7 +1,7 @@
 """How a kernel is evaluated: objects for the argument `method` of layers and functions.
 
-`method=None`, the default everywhere, chooses: the fastest that keeps the promised error. What does
-not apply to an axis raises a `ValueError` that names what does.
+`method=None`, the default everywhere, chooses the fastest method that keeps the promised error. A
+method that does not apply to an axis raises a `ValueError`, which names those that do.
 
 | axis | methods |
 |---|---|
@@ -28,28 +28,27 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Direct(Method):
-    """Quadrature for every entry: the oracle of the interpolant, and as slow as one."""
+    """Quadrature for every entry: slow, and the reference for tests of the interpolation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interpolate(Method):
-    """Interpolation in the variances and the correlation, from coefficients that are shared."""
+    """Interpolation in the variances and the correlation, with coefficients for all entries."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuasiMonteCarlo(Method):
-    """Quasi-random points for what is not known of the derivative in the correlation.
+    """An estimate with quasi-random points, of the part of a kernel that is not known exactly.
 
     The points are the same at every call, so that results are reproducible.
 
     Attributes:
-      n_points: how many at most, per pair of inputs, beside their negatives; a power of two
-        balances them best. None is what the axis takes by default.
-      seed: names the points. Two seeds give two independent estimates.
-      error: how large an error is wanted, relative to the scale of the kernel. Points are drawn
-        until their spread says that it is reached, or there are `n_points`. About four times as
-        many points have half the error. None draws a number of points that does not depend on
-        their spread.
+      n_points: largest number of points for each pair of inputs, not counting their negatives. A
+        power of two balances them best. None takes the default of the axis.
+      seed: number of the set of points. Two seeds give two independent estimates.
+      error: the error to reach, relative to the scale of the kernel. Points are drawn until their
+        spread says that it is reached, or until there are `n_points`. Half the error takes about
+        four times as many points. None draws a fixed number of points.
 
     Raises:
       TypeError, ValueError: `n_points` is not a positive integer, `seed` not a nonnegative one, or
@@ -70,7 +69,7 @@ class QuasiMonteCarlo(Method):
 
 
 def _check_error(error: Any) -> float:
-    """`error` as a `float`, or what is wrong with it."""
+    """Returns `error` as a `float`; raises `TypeError` or `ValueError` if it is not positive."""
     hint = "It is static: under `jit` it can't be an argument."
     if isinstance(error, bool) or not isinstance(error, numbers.Real):
         raise TypeError(f"`error` must be a positive number, got {error!r}. {hint}")
@@ -81,20 +80,22 @@ def _check_error(error: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Series(Method):
-    """The exact terms of low degree alone: a rough and fast estimate."""
+    """The sum of the terms of low degree, which are known exactly: a rough and fast estimate."""
 
 
 def choose(method: Any, *applicable: Method, axis: str) -> Method:
-    """`method`, or the first of the `applicable` ones if it is None.
+    """Returns `method`, or the first of the `applicable` methods if it is None.
 
-    A `QuasiMonteCarlo` without `n_points` gets those of the applicable one.
+    A `QuasiMonteCarlo` without `n_points` gets the number of the applicable one.
 
     Args:
-      axis: what to call it in the message.
+      method: the argument of the user.
+      applicable: methods of the kinds that apply, with their defaults.
+      axis: name of the axis, for messages.
 
     Raises:
-      TypeError: `method` is no method.
-      ValueError: `method` is none of the kinds that apply.
+      TypeError: `method` is not an object of this module.
+      ValueError: `method` is of a kind that does not apply.
     """
     if method is None and applicable:
         return applicable[0]
@@ -107,6 +108,6 @@ def choose(method: Any, *applicable: Method, axis: str) -> Method:
     if not isinstance(method, tuple(type(candidate) for candidate in applicable)):
         raise ValueError(f"`method={method}` does not apply to {axis}. {hint}")
     if isinstance(method, QuasiMonteCarlo) and method.n_points is None:
-        (default,) = (each for each in applicable if isinstance(each, QuasiMonteCarlo))
+        (default,) = (kind for kind in applicable if isinstance(kind, QuasiMonteCarlo))
         return dataclasses.replace(method, n_points=default.n_points)
     return method

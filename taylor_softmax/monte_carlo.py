@@ -1,4 +1,4 @@
-"""Ground truth by sampling, and the errors of estimates, as means with standard errors."""
+"""Kernels by plain sampling, and errors of estimated kernels: means with standard errors."""
 
 import functools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from taylor_softmax._numerics.surrogate import Surrogate, parse
 
 __all__ = ["Estimate", "class_second_moment", "joint_second_moment", "replicate"]
 
-# Numbers drawn at once, over all pairs: 32 MB in float64.
+# Largest number of random numbers drawn at once, over all pairs: 32 MB in float64.
 _CHUNK = 1 << 22
 
 
@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
 
     Attributes:
       mean: sample means.
-      stderr: their standard errors, of the same shape.
+      stderr: standard errors of the means, of the same shape.
     """
 
     mean: Array
@@ -50,8 +50,8 @@ def replicate(
 ) -> Any:
     """How wrong a network's kernel is: its mean and standard error over independent estimates.
 
-    Layers that estimate, softmax over positions and attention, draw other points with another
-    seed:
+    Softmax over positions and attention estimate their kernels. With another seed they draw other
+    points:
 
         def network(seed):
             method = methods.QuasiMonteCarlo(seed=seed)
@@ -59,39 +59,43 @@ def replicate(
 
         mean, stderr = monte_carlo.replicate(network, x1, x2, "ntk")
 
-    A single kernel is off by about `sqrt(n_replicates)` times the standard error, the mean by one
-    of it. A network without such layers has standard errors of 0.
+    The error of the mean is about one standard error, that of a single kernel about
+    `sqrt(n_replicates)` of them. A network without such layers has standard errors of 0.
 
     Args:
-      network: takes a seed, from 0 to `n_replicates - 1`, and returns `(init_fn, apply_fn,
-        kernel_fn)`. Layers of one network may share a seed.
+      network: a function that takes a seed, from 0 to `n_replicates - 1`, and returns
+        `(init_fn, apply_fn, kernel_fn)`. Layers of one network may share a seed.
       x1, x2: inputs of `kernel_fn`.
-      get: which kernel, such as `"nngp"` and `"ntk"`, or a tuple of them.
-      n_replicates: at least 2; it takes the time of so many kernels.
-      **kwargs: for `kernel_fn`, such as `mask_constant`.
+      get: name of a kernel, such as `"nngp"` or `"ntk"`, or a tuple of names.
+      n_replicates: number of estimates, at least 2. The function takes the time of so many kernels.
+      **kwargs: further arguments of `kernel_fn`, such as `mask_constant`.
 
     Returns:
-      `Estimate(mean, stderr)` of arrays, or for a tuple of names a tuple of such estimates.
+      `Estimate(mean, stderr)` of arrays. For a tuple of names, a tuple of such estimates.
 
     Raises:
-      TypeError, ValueError: `n_replicates` is not an integer of at least 2; `get` is neither a
-        name nor a tuple of names; `network(seed)` is no network.
+      TypeError: `n_replicates` is not an integer, `get` is neither a name nor a tuple of names, or
+        `network(seed)` does not return a network.
+      ValueError: `n_replicates` is less than 2.
     """
     n_replicates = check_integer("n_replicates", n_replicates, least=2)
     names = get if isinstance(get, tuple) else (get,)
     if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`get` must be the name of a kernel or a tuple of names, got {get!r}.")
+        raise TypeError(
+            f'`get` must be the name of a kernel or a tuple of names, such as "nngp", got {get!r}.'
+        )
     states: list[Running] | None = None
     for seed in range(n_replicates):
-        of_seed = network(seed)
-        if not (isinstance(of_seed, tuple) and len(of_seed) == 3):
+        layers = network(seed)
+        if not (isinstance(layers, tuple) and len(layers) == 3):
             raise TypeError(
                 "`network(seed)` must return a network, `(init_fn, apply_fn, kernel_fn)`, got "
-                f"{type(of_seed).__name__}."
+                f"{type(layers).__name__}. Return what `stax.serial` returns."
             )
-        arrays = [jnp.asarray(each) for each in of_seed[2](x1, x2, names, **kwargs)]
-        states = states or [none_yet(each) for each in arrays]
-        states = [state.add(each[None]) for state, each in zip(states, arrays, strict=True)]
+        kernel_fn = layers[2]
+        kernels = [jnp.asarray(kernel) for kernel in kernel_fn(x1, x2, names, **kwargs)]
+        states = states or [none_yet(kernel) for kernel in kernels]
+        states = [state.add(kernel[None]) for state, kernel in zip(states, kernels, strict=True)]
     assert states is not None
     estimates = tuple(Estimate(state.mean, state.stderr()) for state in states)
     return estimates if isinstance(get, tuple) else estimates[0]
@@ -107,25 +111,28 @@ def class_second_moment(
     order: Validated[int | None] = None,
     n_samples: Validated[int],
 ) -> Estimate:
-    """`E[y(u) y(v)^T]` by sampling the logits: `(u_i, v_i) ~ N(0, [[a, c], [c, b]])`, i.i.d.
+    """`E[y(u) y(v)^T]` by sampling i.i.d. pairs of logits, `(u_i, v_i) ~ N(0, [[a, c], [c, b]])`.
 
-    Makes no use of exchangeability: each of the `C x C` entries has its own estimate. Samples are
-    drawn in chunks of bounded memory, so that `n_samples` is limited by time alone, on JAX's
-    default device. The same `key` gives the same samples.
+    The estimate does not use that classes are exchangeable: each of the `C x C` entries has its own
+    samples. They are drawn in chunks on JAX's default device, so that memory is bounded and only
+    time limits `n_samples`. The same `key` gives the same samples.
 
     Args:
       key: `jax.random.key` (or `PRNGKey`).
-      var1, cov12, var2: `a`, `c`, `b`, arrays that broadcast; `c` is taken as at most
-        `sqrt(a b)` in size.
+      var1, var2: variances `a` and `b` of the logits, nonnegative. All three arrays broadcast.
+      cov12: covariances `c`. A `c` that exceeds `sqrt(a b)` by rounding is taken as that.
       n_classes: number `C` of classes.
       order: even order of the Taylor softmax, or None for softmax itself.
-      n_samples: at least 2.
+      n_samples: number of samples, at least 2.
 
     Returns:
-      `(mean, stderr)`, each of shape `(..., C, C)`.
+      `Estimate(mean, stderr)`, both of shape `(..., C, C)`. Pairs whose traced arguments are not
+      as above are NaN.
 
     Raises:
-      TypeError, ValueError: `n_classes`, `order` or `n_samples` is not one of the above.
+      TypeError: `n_classes`, `order` or `n_samples` is not an integer, or an array is not real.
+      ValueError: an argument is not as above, or shapes do not broadcast.
+      NotImplementedError: `order` is beyond 32.
     """
     n_classes, surrogate = check_n_classes(n_classes), parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
@@ -135,17 +142,17 @@ def class_second_moment(
     var1, cov12, var2 = (jnp.broadcast_to(x, shape).reshape(-1) for x in arrays)
 
     root = jnp.sqrt(var1)
-    # v given u. The guard is for variance 0, where the slope does not matter.
+    # v given u. Where var1 is 0, the slope does not matter, and division by 0 is avoided.
     slope = jnp.where(var1 > 0, cov12 / jnp.where(var1 > 0, root, 1), 0)
-    rest = jnp.sqrt(jnp.maximum(var2 - slope**2, 0))
+    conditional_root = jnp.sqrt(jnp.maximum(var2 - slope**2, 0))
 
-    factors = jnp.stack([root, slope, rest])
+    factors = jnp.stack([root, slope, conditional_root])
     estimate = _second_moment(
         key, factors, _draw_classes, (var1.size, n_classes), surrogate, n_samples, _CHUNK
     )
     shape = *shape, n_classes, n_classes
-    found = (jnp.where(valid[..., None, None], x.reshape(shape), jnp.nan) for x in estimate)
-    return Estimate(*(x.astype(dtype) for x in found))
+    estimate = (jnp.where(valid[..., None, None], x.reshape(shape), jnp.nan) for x in estimate)
+    return Estimate(*(x.astype(dtype) for x in estimate))
 
 
 def joint_second_moment(
@@ -159,20 +166,22 @@ def joint_second_moment(
 ) -> Estimate:
     """`E[y(u) y(v)^T]` by sampling logits `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])`.
 
-    Covariances may be singular. Memory and `key` as in `class_second_moment`.
+    Covariances may be singular. Memory and `key` are as in `class_second_moment`.
 
     Args:
       key: `jax.random.key` (or `PRNGKey`).
       cov11, cov12, cov22: `K11`, `K12`, `K22`, each `(..., S, S)`.
       order: even order of the Taylor softmax, or None for softmax itself.
-      n_samples: at least 2.
+      n_samples: number of samples, at least 2.
 
     Returns:
-      `(mean, stderr)`, each of shape `(..., S, S)`.
+      `Estimate(mean, stderr)`, both of shape `(..., S, S)`.
 
     Raises:
-      TypeError, ValueError: `order` or `n_samples` is not one of the above; a covariance is not of
-        shape `(..., S, S)`.
+      TypeError: `order` or `n_samples` is not an integer, or a covariance is not real.
+      ValueError: `order` or `n_samples` is not as above; a covariance is not of shape
+        `(..., S, S)`, is not finite, or has a negative variance.
+      NotImplementedError: `order` is beyond 32.
     """
     surrogate = parse(order)
     n_samples = check_integer("n_samples", n_samples, least=2)
@@ -180,7 +189,7 @@ def joint_second_moment(
     shape, size = covs[0].shape, covs[0].shape[-1]
     k11, k12, k22 = (cov.reshape(-1, size, size) for cov in covs)
     sigma = jnp.block([[k11, k12], [jnp.swapaxes(k12, 1, 2), k22]])
-    # A root by eigenvectors: Cholesky's needs a positive definite matrix.
+    # The root is made of eigenvectors, since Cholesky's needs a positive definite matrix.
     values, vectors = jnp.linalg.eigh(sigma)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
 
@@ -191,12 +200,14 @@ def joint_second_moment(
 
 
 def _draw_classes(key: Array, factors: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    root, slope, rest = factors[..., None]
+    """Samples of `u` and `v` from the factors of `class_second_moment`, both of `shape`."""
+    root, slope, conditional_root = factors[..., None]
     x, y = random.normal(key, (2, *shape), factors.dtype)
-    return root * x, slope * x + rest * y
+    return root * x, slope * x + conditional_root * y
 
 
 def _draw_positions(key: Array, root: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Samples of `u` and `v` from the root of their joint covariance, both of `shape`."""
     *leading, size = shape
     x = random.normal(key, (*leading, 2 * size), root.dtype)
     z = einsum("bij,nbj->nbi", root, x)
@@ -213,12 +224,13 @@ def _second_moment(
     n_samples: int,
     at_once: int,
 ) -> tuple[Array, Array]:
-    """Mean of `y(u) y(v)^T` and its standard error, `(pairs, C, C)`.
+    """Mean of `y(u) y(v)^T` and its standard error, both `(pairs, C, C)`.
 
     Args:
-      draw: `draw(key, factors, (n, pairs, C))` gives `n` samples of `u` and `v` of that shape.
+      factors: what `draw` needs of the covariances.
+      draw: `draw(key, factors, (n, pairs, C))` returns `n` samples of `u` and of `v`.
       shape: `(pairs, C)`.
-      at_once: numbers held at a time.
+      at_once: largest number of random numbers in memory.
     """
     n_pairs, size = shape
     chunk = max(1, min(n_samples, at_once // (max(1, n_pairs) * size * (size + 2))))

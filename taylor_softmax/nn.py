@@ -1,6 +1,7 @@
-"""Taylor softmax as functions, as `jax.nn.softmax` and `log_softmax` are, for all networks; ALiBi.
+"""Functions for networks of any library: Taylor softmax, its logarithm, and biases of ALiBi.
 
-In flax, haiku or equinox they are the last line of a network; `stax.TaylorSoftmax` is the layer.
+They are used as `jax.nn.softmax` is, at the end of a network in flax, haiku or equinox for example.
+The layer for infinitely wide networks is `stax.TaylorSoftmax`.
 """
 
 from typing import Any
@@ -26,25 +27,28 @@ def taylor_softmax(
 ) -> Float[Array, "*shape"]:
     """`y_i = f(z_i) / sum_j f(z_j)` with `f(z) = sum_{k <= order} z^k / k!`, or `f = exp`.
 
-    Of de Brebisson & Vincent 2016 (arXiv 1511.05042, eq. 5). Values and gradients are finite for
-    `|z|` up to 1e37, at every order. A logit of `-inf` excludes its class, whatever the order.
-    float16 and bfloat16 are computed in float32. NaN and infinity make a row NaN.
+    The function is due to de Brebisson & Vincent 2016 (arXiv 1511.05042, eq. 5). Values and
+    gradients are finite for `|z|` up to 1e37, at every order. A logit of `-inf` excludes its class,
+    whatever the order. Arguments in float16 and bfloat16 are computed in float32. NaN or infinity
+    in a row makes the row NaN.
 
-    Differs from other implementations, which sum powers: those of odd order can be negative, or
-    divide by 0, and are refused; `f` is a product of positive quadratics, so that float32 keeps its
-    digits at order 32, where the sum turns negative at `z = -10.5`, and nothing overflows.
+    Other implementations sum powers of `z`. Here `f` is a product of positive quadratics. So
+    nothing overflows, and float32 keeps its digits at order 32, where a sum of powers is negative
+    from `z = -10.5` on. Odd orders are refused: their polynomials have negative values, and their
+    sums can be 0.
 
     Args:
-      z: logits.
+      z: logits, of any shape.
       order: even order of the Taylor polynomial, at most 32; None for softmax itself.
-      axis: to normalise over, one or several.
-      where: boolean, broadcasts with `z`: entries where it is False leave the sum and are 0.
+      axis: the axis to normalise over, or a tuple of axes.
+      where: booleans that broadcast to the shape of `z`. Entries where it is False leave the sum
+        and become 0.
 
     Returns:
-      Of the shape of `z`; where nothing is left of a row, zeros.
+      The softmax, of the shape and dtype of `z`. A row in which every class is excluded is 0.
 
     Raises:
-      TypeError: `z` is not real, `order` or `axis` not an integer, or `where` not boolean.
+      TypeError: `z` or `where` is not real, or `order` or `axis` is not an integer.
       ValueError: `order` is odd or below 2, `axis` is out of range, or `where` does not broadcast.
       NotImplementedError: `order` is beyond 32.
     """
@@ -60,7 +64,7 @@ def log_taylor_softmax(
 ) -> Float[Array, "*shape"]:
     """`log f(z_i) - log sum_j f(z_j)`, the logarithm of `taylor_softmax` without its underflow.
 
-    Arguments and errors are those of `taylor_softmax`; what `where` excludes is `-inf`.
+    Arguments and errors are those of `taylor_softmax`. Entries that are excluded become `-inf`.
     """
     surrogate, z, axis, present, dtype = _prepare(z, order, axis, where)
     log_f = surrogate.log_value(z)
@@ -71,18 +75,27 @@ def log_taylor_softmax(
 def _prepare(
     z: Any, order: Any, axis: Any, where: Any
 ) -> tuple[Surrogate, Array, int | tuple[int, ...], Array, Any]:
-    """The surrogate, finite logits, axes, which logits there are, and the dtype of the result."""
+    """Reads the arguments of `taylor_softmax`.
+
+    Returns:
+      The surrogate; the logits, 0 where they are excluded; the axes; which logits are present; and
+      the dtype of the result.
+    """
     surrogate, axis = parse(order), check_axes(axis)
     (z,), dtype = as_real(z=z)
     if any(not -z.ndim <= i < z.ndim for i in (axis if isinstance(axis, tuple) else (axis,))):
-        raise ValueError(f"`axis={axis!r}` is out of range for `z` of shape {z.shape}.")
+        raise ValueError(
+            f"`axis={axis!r}` is out of range for `z` of shape {z.shape}. Axes count from 0, or "
+            "from -1 backwards."
+        )
     present = ~jnp.isneginf(z)
     if where is not None:
         (where,), _ = as_real(where=where)
         if not fits(where.shape, z.shape):
             raise ValueError(
-                f"`where` must broadcast to the shape {z.shape} of `z`, got {where.shape}."
+                f"`where` must broadcast to the shape {z.shape} of `z`, got shape {where.shape}."
             )
         present = present & (where != 0)
-    # Before anything is computed: what is excluded has gradient 0, not that of an infinity.
+    # Excluded logits are set to 0 before anything is computed, so that their gradient is 0, and not
+    # that of an infinity.
     return surrogate, jnp.where(present, z, 0), axis, present, dtype

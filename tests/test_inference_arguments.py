@@ -146,7 +146,10 @@ def test_labels_that_are_no_classes(y, error, message):
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        (np.float32([[1, -1.5], [-1.5, 1]]), r"a covariance of variables.*got -1.5 at \(0, 1\)"),
+        (
+            np.float32([[1, -1.5], [-1.5, 1]]),
+            r"a covariance that the variances.*got -1.5 at \(0, 1\)",
+        ),
         (np.eye(2)[[0, 0]] * [[1.0, 0], [0, 0]] + [[0, 1e-3], [1e-3, 0]], "a covariance"),
         (np.float32(np.eye(3) - 0.8 * (1 - np.eye(3))), "eigenvalue of -0.6 .* up to 1.*add 0.6"),
         (np.eye(3) - 0.52 * (1 - np.eye(3)), "eigenvalue of -0.04 "),

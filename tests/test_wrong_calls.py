@@ -159,7 +159,11 @@ WRONG = [
     (lambda: log_sum(Z, -1e-3), ValueError, "`variance` .*got -0.001"),
     (lambda: p(Z.at[1, 2].set(NAN), 1.0), ValueError, r"`mean` .*got nan at \(1, 2\)"),
     (lambda: p(Z.at[0, 0].set(INF), 1.0), ValueError, r"`mean` .*got inf at \(0, 0\)"),
-    (lambda: p(jnp.full(3, -INF), 1.0), ValueError, "`mean` .*for a class of each point.*-inf"),
+    (
+        lambda: p(jnp.full(3, -INF), 1.0),
+        ValueError,
+        "`mean` .*for at least one class of each point.*-inf",
+    ),
     (lambda: p(Z, covariance=-COV), ValueError, "`covariance` must be positive semi-definite"),
     (lambda: p(Z, covariance=COV.at[0, 1].set(9)), ValueError, "`covariance` must be symmetric"),
     (lambda: classes(-1.0), ValueError, "`var1` must be nonnegative and finite, got -1.0"),

@@ -1,1 +1,1 @@
-"""Softmax of independent Gaussian logits: class probabilities and what follows from them."""
+"""Softmax of Gaussian logits: class probabilities, and the posterior that class labels give."""

@@ -1,9 +1,8 @@
-"""Integrals over points of logits, in blocks of points that need the same rule.
+"""Integrals for many points of logits, in blocks of points that need the same quadrature rule.
 
-Where the logits are concrete the rules that they need are known, and a block of points is one
-compiled function, of a fixed shape, that a loop in Python feeds: what is compiled serves any number
-of points. Under `jit` and `vmap` a loop in the graph takes the rule that each block needs, and all
-of them are compiled.
+If the logits are concrete, the rules that they need are known. A loop in Python then passes blocks
+of a fixed shape to one compiled function, which serves any number of points. Under `jit` and `vmap`
+the loop is part of the graph. It picks the rule that each block needs, and all rules are compiled.
 """
 
 import functools
@@ -21,11 +20,12 @@ from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._probabilities import rules
 from taylor_softmax._probabilities.rules import Logits, Rule
 
-# Logits times outer nodes of a block: 1 MB in float64, which stays in cache (measured on a CPU,
-# 10,000 points of 10 classes: half of it takes a tenth longer, an eighth more than twice as long).
-# Of up to so many points half of it, which they fill more often.
+# Number of logits in a block, times that of outer nodes: 1 MB in float64, which stays in cache
+# (measured on a CPU with 10,000 points of 10 classes: half of it takes a tenth longer, an eighth
+# takes more than twice as long). Up to `_SOME` points have blocks of half the size, which they fill
+# more often.
 _BLOCK, _SOME = 1 << 17, 1024
-# Up to so many points a block has so many: a whole one would take longer than they need.
+# Largest block of up to so many points: a full block would take longer than they need.
 _FEW = 32
 
 Result = TypeVar("Result")
@@ -35,66 +35,78 @@ ByRule = Callable[[Logits, Rule, Surrogate], Result]
 def in_blocks(
     by_rule: ByRule[Result], mean: Array, variance: Array, surrogate: Surrogate, count: int = 1
 ) -> Result:
-    """What `by_rule` integrates for points `(N, C)`, each by a rule that is fine enough for it.
+    """The results of `by_rule` for `N` points, each with a rule that is fine enough for it.
 
     Args:
-      count: how many classes each column stands for.
+      by_rule: `by_rule(logits, rule, surrogate)` integrates for a block of points.
+      mean, variance: of independent logits, `(N, C)`.
+      surrogate: function that the softmax normalises.
+      count: number of classes that each column stands for.
+
+    Returns:
+      What `by_rule` returns, with `N` points along the first axis of each array.
     """
     choices = rules.for_surrogate(surrogate)
-    # Tracers, for constants under `jit`, too.
+    # Under `jit` constants are traced too.
     numbers = [known(x) for x in lax.stop_gradient((mean, variance))]
     if not len(mean) or any(isinstance(x, Tracer) for x in numbers):
         return in_graph(by_rule, mean, variance, surrogate, count, choices)
-    # Of what is beyond all promises, as XLA does: without a word.
+    # Numbers beyond all promises may overflow. XLA does not warn of that, and NumPy must not
+    # either.
     with np.errstate(all="ignore"):
         logits = rules.prepared(numbers[0], numbers[1], surrogate, count)
         fine = rules.fine_enough(logits, choices, surrogate)
     if not isinstance(mean, Tracer) and not isinstance(variance, Tracer):
         return _by_need(by_rule, logits, fine, surrogate)
-    # While derivatives are traced the numbers are known, and with them which rules they need.
+    # While derivatives are traced the numbers are known, and so are the rules that they need.
     needed = tuple(choices[k] for k in np.unique(np.argmax(fine, axis=0)))
     return in_graph(by_rule, mean, variance, surrogate, count, needed)
 
 
 def _size(n_points: int, n_classes: int, rule: Rule) -> int:
-    """How many of the points a block has."""
+    """Number of points in a block."""
     block = _BLOCK if n_points > _SOME else _BLOCK // 2
     size = max(1, block // (n_classes * rule.outer))
     return min(size, _FEW) if n_points <= _FEW else size
 
 
 def _blocks(n: int, size: int) -> np.ndarray:
-    """Indices below `n` in blocks `(blocks, size)`, the last index repeated."""
+    """Indices from 0 to `n - 1` in blocks, `(blocks, size)`, filled up with the last index."""
     return np.minimum(np.arange(-(-n // size) * size), n - 1).reshape(-1, size)
 
 
 def _by_need(by_rule: ByRule[Any], logits: Logits, fine: np.ndarray, surrogate: Surrogate) -> Any:
-    """What is integrated of concrete logits, by which rules are fine enough, `(rules, P)`."""
+    """As `in_blocks`, for concrete logits.
+
+    Args:
+      fine: whether each rule is fine enough for each point, `(rules, P)`.
+    """
     choices = rules.for_surrogate(surrogate)
     n_points, n_classes = logits.mean.shape
-    need = np.argmax(fine, axis=0)
-    parts, places = [], []
+    needed_rule = np.argmax(fine, axis=0)
+    results, indices = [], []
     waiting = np.arange(n_points)
-    # From the finest rule on: what room its last block has is for points that need less.
-    for k in np.unique(need)[::-1]:
+    # The finest rule comes first. Points that need less fill up its last block.
+    for k in np.unique(needed_rule)[::-1]:
         size = _size(n_points, n_classes, choices[k])
-        with_rule = waiting[need[waiting] == k]
+        with_rule = waiting[needed_rule[waiting] == k]
         room = -len(with_rule) % size
-        others = waiting[(need[waiting] < k) & fine[k, waiting]]
-        with_rule = np.concatenate([with_rule, others[np.argsort(-need[others])][:room]])
+        coarser = waiting[(needed_rule[waiting] < k) & fine[k, waiting]]
+        filling = coarser[np.argsort(-needed_rule[coarser])][:room]
+        with_rule = np.concatenate([with_rule, filling])
         waiting = np.setdiff1d(waiting, with_rule)
         blocks = with_rule[_blocks(len(with_rule), size)]
-        places.append(blocks.ravel())
+        indices.append(blocks.ravel())
         for points in zip(*(x[blocks] for x in logits), strict=True):
-            parts.append(_one_block(by_rule, Logits(*points), choices[k], surrogate))
-    place = np.concatenate(places)
+            results.append(_one_block(by_rule, Logits(*points), choices[k], surrogate))
+    index = np.concatenate(indices)
 
-    def restored(*blocks: np.ndarray) -> Array:
+    def in_order(*blocks: np.ndarray) -> Array:
         result = np.empty((n_points, *blocks[0].shape[1:]), blocks[0].dtype)
-        result[place] = np.concatenate(blocks)
+        result[index] = np.concatenate(blocks)
         return jnp.asarray(result)
 
-    return jax.tree.map(restored, *jax.device_get(parts))
+    return jax.tree.map(in_order, *jax.device_get(results))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -111,7 +123,7 @@ def in_graph(
     count: int,
     choices: tuple[Rule, ...],
 ) -> Any:
-    """As `in_blocks`, by the rules `choices`, the last of which has to serve all points."""
+    """As `in_blocks`, with the rules `choices`, of which the last one must serve all points."""
     n_points = len(mean)
     logits = rules.prepared(mean, variance, surrogate, count)
     fine = rules.fine_enough(logits, choices, surrogate)
@@ -130,7 +142,7 @@ def in_graph(
     if not n_points:
         shapes: Any = jax.eval_shape(branches[0], logits)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    # Points that need the same rule come together, so that few wait for what others need.
+    # Points that need the same rule come together: a block takes the finest rule of its points.
     by_need = jnp.argsort(jnp.argmax(fine, axis=0))
     size = min(n_points, _size(n_points, mean.shape[1], choices[0]))
     blocks = lax.map(block, by_need[_blocks(n_points, size)])

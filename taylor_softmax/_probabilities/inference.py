@@ -1,36 +1,37 @@
 """Variational inference for a Gaussian process with a softmax on top.
 
-Prior `z_c ~ N(0, K)`, independent over `C` classes; labels `y` with probabilities `softmax(z_n)`.
-The posterior is approximated by `q(z) = prod_c N(m_c, V_c)`,
+The prior is `z_c ~ N(0, K)`, independent over `C` classes. Labels `y` have the probabilities
+`softmax(z_n)`. The posterior is approximated by `q(z) = prod_c N(m_c, V_c)` with
 
     m_c = K alpha_c,    V_c = (K^-1 + diag omega_c)^-1,
 
-`omega` being the precisions of Gaussian observations ("sites") that stand for the likelihood.
-Softmax ignores a shift common to the classes, so that only the divergence of `q` from the prior
-modulo that shift counts: the divergence of the whole less that of the shift given the rest. With
+where `omega` are the precisions of Gaussian observations ("sites") that stand for the likelihood.
+Softmax ignores a shift common to the classes. So only the divergence of `q` from the prior modulo
+that shift counts: the whole divergence minus that of the shift given the rest. With
 `B_c = I + omega_c^(1/2) K omega_c^(1/2)`, `Omega = sum_c omega_c` and `B_S` that of `Omega / C`,
 
     bound = sum_n (y_n^T m_n - E[log sum_j exp z_nj]) - KL,
     2 KL  = (1 - 1/C) sum_c tr B_c^-1 - N (C - 1) + sum_c logdet B_c - logdet B_S
             + sum_c alpha_c^T K alpha_c - (sum_c alpha_c)^T K (sum_c alpha_c) / C,
 
-a lower bound of `log p(y)`. Its expectations are exact (`log_normalizer`), with gradients `p` and
-`lambda / 2`. By `dV = -V diag(d omega) V` it is stationary where
+is a lower bound of `log p(y)`. Its expectations are exact (`log_normalizer`), with gradients `p`
+and `lambda / 2`. By `dV = -V diag(d omega) V` it is stationary where
 
     e := y - p - alpha = 0,
     D_c := H_c (lambda_c - (1 - 1/C) omega_c) - (v_c - v_S) / C = 0,    H_c = V_c o V_c,
 
-`v` the diagonals of `V`, `V_S` that of `Omega / C`; `dbound / d omega = D / 2`. The steps are
-`(Id + omega_c K)^-1 e_c`, Newton's with `diag omega` for the curvature, and `H_c^-1 D_c`, which is
-the natural gradient's: both ascend, and a step that does not is taken back and shortened. How long
-a step is follows from the slopes at the ends of the last one (Barzilai & Borwein 1988).
+where `v` are the diagonals of `V`, `V_S` is that of `Omega / C`, and `dbound / d omega = D / 2`.
+There are two kinds of steps. Newton's steps `(Id + omega_c K)^-1 e_c` have the curvature
+`diag omega`. The steps `H_c^-1 D_c` are those of the natural gradient. Both ascend. A step that
+does not is taken back and shortened. The length of a step follows from the slopes at the ends of
+the last one (Barzilai & Borwein 1988).
 
-What is computed of `K` and `V` stands in `priors`: all `N x N` entries, or what `M` inducing inputs
-say of them, and a rest of the logits that keeps its prior variance. The classes are taken one after
-the other, twice an iteration, so that memory is a few `N x N` or `M x N` arrays.
+`priors` computes with `K` and `V`: with all `N x N` entries, or with what `M` inducing inputs say
+of them and a rest of the logits that keeps its prior variance. The classes are taken one after the
+other, twice an iteration, so that memory is a few `N x N` or `M x N` arrays.
 
-The labels of an input may sum to 0: then its likelihood is 1. Such inputs, of variance 0, change
-nothing, and fill up a kernel to a size for which everything is compiled (`priors.padded_size`).
+The labels of an input may sum to 0. Then its likelihood is 1. Such inputs, with variance 0, change
+nothing. They fill up a kernel to a size for which everything is compiled (`priors.padded_size`).
 """
 
 import functools
@@ -48,36 +49,39 @@ from taylor_softmax._numerics.arguments import known, namespace
 from taylor_softmax._probabilities.log_normalizer import LogNormalizer, log_normalizer
 from taylor_softmax._probabilities.priors import Prior
 
-# Smallest p (1 - p) that a site stands for.
+# Least precision of a site, which is of the size of p (1 - p).
 _LEAST_CURVATURE = 1e-13
-# Steps of conjugate gradients for H^-1 D. H is nearly singular where inputs are alike, and there D
-# nearly vanishes too: a few find what matters.
+# Steps of conjugate gradients for H^-1 D. H is nearly singular where inputs are alike, but D nearly
+# vanishes there too, so that a few steps find what matters.
 _GRADIENTS = 8
-# A precision below this share of its curvature is near 0, where some have their optimum.
+# A precision below this fraction of its curvature is near 0, where some precisions have their
+# optimum.
 _NEAR_0 = 0.05
+# Factors of the step length: of a step that was taken back, the largest growth of the next step,
+# and the length at which the search ends.
 _SHORTER, _LONGER, _SHORTEST = 0.35, 1.6, 1e-5
 
 
 class Sites(NamedTuple):
-    """What determines `q` given a kernel, both `(N, C)`: `m = K alpha`, precisions `omega`."""
+    """What determines `q` given a kernel: `alpha` (`m = K alpha`) and `omega`, both `(N, C)`."""
 
     alpha: Array
     precision: Array
 
 
 class Fit(NamedTuple):
-    """An optimisation: where it is, or where it has ended.
+    """The state of an optimisation, or its end.
 
     Attributes:
-      sites: those of the largest bound.
-      expected: `E[log sum_j exp z_nj]` at each input, with its derivatives, there.
-      log_evidence: the bound, in nats.
-      residual: the largest of `|y - p - alpha|`, and of `|omega D|`, what a change of `log omega`
-        would do to twice the bound.
-      iterations: how often the bound was evaluated.
-      direction: in which `alpha` and `omega` go next.
-      step: how far.
-      slope: of the bound along `direction`.
+      sites: the sites of the largest bound so far.
+      expected: `E[log sum_j exp z_nj]` of each input at these sites, with derivatives.
+      log_evidence: the bound there, in nats.
+      residual: the largest of `|y - p - alpha|` and `|omega D|`; the latter is the derivative of
+        twice the bound in `log omega`.
+      iterations: number of evaluations of the bound.
+      direction: direction of the next step in `alpha` and `omega`.
+      step: length of the next step.
+      slope: slope of the bound along `direction`.
     """
 
     sites: Sites
@@ -91,11 +95,13 @@ class Fit(NamedTuple):
 
 
 class _Marginals(NamedTuple):
-    """Of `q`, `(N, C)`; and of the posterior of the mean over classes, `(N,)`.
+    """Marginals of `q`.
 
     Attributes:
-      variance: of the part of the logits that the prior resolves.
-      whole: with the rest.
+      mean: means of the logits, `(N, C)`.
+      variance: variances of the part of the logits that the prior resolves, `(N, C)`.
+      whole: variances of the logits, with the rest, `(N, C)`.
+      shared: variances `v_S` of the mean over classes, `(N,)`.
     """
 
     mean: Array
@@ -105,9 +111,9 @@ class _Marginals(NamedTuple):
 
 
 def _divergence_terms(prior: Prior, precision: Array) -> tuple[Array, Array]:
-    """Diagonal of `V`, and `logdet B`, of one class."""
+    """The diagonal of `V`, and `logdet B`, of one class."""
     given = prior.given(precision)
-    # Below eps of the prior's, rounding is all that is left.
+    # A variance below eps times the prior variance is nothing but rounding.
     least = jnp.finfo(precision.dtype).eps * prior.variance
     return jnp.maximum(given.variance(), least), given.logdet()
 
@@ -115,47 +121,53 @@ def _divergence_terms(prior: Prior, precision: Array) -> tuple[Array, Array]:
 def _gain(prior: Prior, y: Array, sites: Sites) -> tuple[Array, _Marginals]:
     """The bound without the expectations of `log_normalizer`, and the marginals of `q`.
 
-    The divergence is that from the prior modulo shifts, in which `tr B^-1 = N - sum(omega v)`.
+    The divergence is that from the prior modulo shifts, with `tr B^-1 = N - sum(omega v)`.
     """
     n_classes = sites.precision.shape[1]
     total = jnp.sum(sites.precision, axis=1)
-    each = jnp.concatenate([sites.precision.T, total[None] / n_classes])
-    variances, logdets = lax.map(functools.partial(_divergence_terms, prior), each)
+    # The last one belongs to the mean over classes.
+    precisions = jnp.concatenate([sites.precision.T, total[None] / n_classes])
+    variances, logdets = lax.map(functools.partial(_divergence_terms, prior), precisions)
     variance = variances[:-1].T
     mean = prior.times(sites.alpha)
     shift = jnp.sum(sites.alpha, axis=1)
     squares = jnp.sum(sites.alpha * mean) - jnp.sum(shift * jnp.sum(mean, axis=1)) / n_classes
-    twice = squares - (1 - 1 / n_classes) * jnp.sum(sites.precision * variance)
-    twice = twice + jnp.sum(logdets[:-1]) - logdets[-1]
+    twice_kl = squares - (1 - 1 / n_classes) * jnp.sum(sites.precision * variance)
+    twice_kl = twice_kl + jnp.sum(logdets[:-1]) - logdets[-1]
     whole = variance + prior.rest[:, None]
-    return jnp.sum(y * mean) - twice / 2, _Marginals(mean, variance, whole, variances[-1])
+    return jnp.sum(y * mean) - twice_kl / 2, _Marginals(mean, variance, whole, variances[-1])
 
 
 @jax.jit
 def _ascent(
     prior: Prior, y: Array, sites: Sites, expected: LogNormalizer, q: _Marginals, before: Sites
 ) -> tuple[Sites, Array, Array, Array]:
-    """The direction at `sites`, in `alpha` and `omega`; and the residual there.
+    """The next direction.
 
-    Then the slopes of the bound: along the direction `before`, and along the new one.
+    Args:
+      before: the last direction.
+
+    Returns:
+      The direction at `sites`, the residual there, and the slopes of the bound along `before` and
+      along the new direction.
     """
     n_classes = y.shape[1]
     mass = jnp.sum(y, axis=1, keepdims=True)
     gradient = y - mass * expected.mean - sites.alpha
     curvature = jnp.maximum(mass * expected.curvature, _LEAST_CURVATURE)
 
-    def of_class(each: tuple[Array, ...]) -> tuple[Array, Array, Array]:
-        e, omega, rate, v = each
+    def of_class(columns: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        e, omega, curvature_c, v = columns
         given = prior.given(omega)
         step = given.damped(e)
         squares = given.squares()
-        slope = squares(rate - (1 - 1 / n_classes) * omega)
+        slope = squares(curvature_c - (1 - 1 / n_classes) * omega)
         slope = slope - (v - q.shared) / n_classes
-        # Precisions that the bound wants at 0 move by themselves, so that none holds up the others.
-        bound_to_0 = (slope < 0) & (omega < _NEAR_0 * rate)
+        # Precisions that go to 0 move by themselves, so that they do not hold up the others.
+        goes_to_0 = (slope < 0) & (omega < _NEAR_0 * curvature_c)
         scale = jnp.maximum(squares(jnp.ones_like(omega)), jnp.finfo(omega.dtype).tiny)
-        change = _conjugate_gradients(squares, scale, slope, ~bound_to_0)
-        change = jnp.where(bound_to_0, slope / scale, change)
+        change = _conjugate_gradients(squares, scale, slope, ~goes_to_0)
+        change = jnp.where(goes_to_0, slope / scale, change)
         return step, change, slope
 
     columns = (gradient.T, sites.precision.T, curvature.T, q.variance.T)
@@ -165,27 +177,33 @@ def _ascent(
     at_most = jnp.where(slope < 0, jnp.minimum(sites.precision, curvature), curvature)
     residual = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(slope * at_most)))
     in_alpha = prior.times(gradient)
-    along = [
-        jnp.sum(in_alpha * each.alpha) + jnp.sum(slope * each.precision) / 2
-        for each in (before, direction)
+    slopes = [
+        jnp.sum(in_alpha * line.alpha) + jnp.sum(slope * line.precision) / 2
+        for line in (before, direction)
     ]
-    # The new direction ascends; below eps its slope is rounding.
-    return direction, residual, along[0], jnp.maximum(along[1], jnp.finfo(y.dtype).eps)
+    # The new direction ascends. A slope below eps is nothing but rounding.
+    return direction, residual, slopes[0], jnp.maximum(slopes[1], jnp.finfo(y.dtype).eps)
 
 
 def _conjugate_gradients(
     squares: Callable[[Array], Array], scale: Array, target: Array, free: Array
 ) -> Array:
-    """A few steps towards `squares^-1 target` in the `free` entries, from 0; `scale` preconditions.
+    """A few steps of conjugate gradients from 0 towards `squares^-1 target`.
 
     Every iterate ascends: its product with `target` is positive.
+
+    Args:
+      squares: product with a positive semi-definite matrix.
+      scale: the preconditioner, a diagonal.
+      target: the right side.
+      free: the entries that are solved for; the others stay 0.
     """
 
     def step(_: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, rest, direction, energy = state
         image = jnp.where(free, squares(direction), 0)
         length = jnp.sum(direction * image)
-        # What is left of less is rounding, which has parts that a singular matrix takes to 0.
+        # A smaller rest is rounding, with parts that a singular matrix maps to 0.
         going = (length > 0) & (energy > enough)
         rate = jnp.where(going, energy / jnp.where(going, length, 1), 0)
         x, rest = x + rate * direction, rest - rate * image
@@ -202,7 +220,7 @@ def _conjugate_gradients(
 
 
 def initial_sites(y: Array) -> Sites:
-    """`alpha = 0`, and precisions as at equal probabilities."""
+    """`alpha = 0`, and the precisions that belong to equal probabilities."""
     n_classes = y.shape[1]
     precision = (1 - 1 / n_classes) / n_classes / max(1 - 1 / n_classes, 0.5)
     zeros: Any = np.zeros(y.shape, y.dtype)
@@ -211,19 +229,22 @@ def initial_sites(y: Array) -> Sites:
 
 @jax.jit
 def carried_over(prior: Prior, before: Prior, sites: Sites) -> Sites:
-    """Where to start from with another prior: observations that stand for the likelihood stay.
+    """Where to start with another prior: the Gaussian observations stay as they are.
 
-    They are of precision `omega` and value `m + alpha / omega`, and the posterior given them has
+    They have precisions `omega` and values `m + alpha / omega`. The posterior given them has
 
         alpha' = (K' + diag omega^-1)^-1 (m + alpha / omega)
                = (Id + diag(omega) K')^-1 (omega m + alpha),
 
-    where nothing is divided. With `alpha` itself kept, a kernel that is larger makes the means too
-    large by as much.
+    which divides by nothing. If `alpha` itself were kept, the means would grow with the kernel.
+
+    Args:
+      prior: the new prior.
+      before: the prior that the sites belong to.
     """
 
-    def of_class(each: tuple[Array, ...]) -> Array:
-        alpha, omega, mean = each
+    def of_class(columns: tuple[Array, ...]) -> Array:
+        alpha, omega, mean = columns
         return prior.given(omega).damped(omega * mean + alpha)
 
     columns = (sites.alpha.T, sites.precision.T, before.times(sites.alpha).T)
@@ -235,7 +256,7 @@ def carried_over(prior: Prior, before: Prior, sites: Sites) -> Sites:
 def _trial(
     prior: Prior, y: Array, sites: Sites, direction: Sites, step: ArrayLike
 ) -> tuple[Sites, Array, _Marginals]:
-    """Sites a step ahead, and what `_gain` says of them."""
+    """The sites after a step, and what `_gain` returns for them."""
     precision = jnp.maximum(sites.precision + step * direction.precision, _LEAST_CURVATURE)
     sites = Sites(sites.alpha + step * direction.alpha, precision)
     return sites, *_gain(prior, y, sites)
@@ -253,24 +274,27 @@ def fit(
 ) -> Fit:
     """Maximises the bound over the sites.
 
-    Where numbers are known the loop is Python's: each of its functions is compiled for itself, and
-    the expectations for any number of inputs.
+    If all numbers are known, the loop runs in Python. Each of its functions is then compiled by
+    itself, and the expectations serve any number of inputs.
 
     Args:
+      prior: prior of the logits at the training inputs.
       y: one-hot or soft labels, `(N, C)`.
-      tol: of the residual.
+      start: sites to start from.
+      tol: the residual to reach.
+      max_iterations: largest number of evaluations of the bound.
       damping: the longest step, in (0, 1].
-      report: called with iteration, bound and residual; only where numbers are known.
+      report: called with iteration, bound and residual, if all numbers are known.
     """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((prior, y, start, tol, damping))):
         return _fit_traced(prior, y, start, tol, max_iterations, damping)
     unfinished, advance = _steps(prior, y, tol, max_iterations, damping)
-    at = _begin(start, damping)
-    while unfinished(at):
-        at = advance(at)
+    state = _begin(start, damping)
+    while unfinished(state):
+        state = advance(state)
         if report is not None:
-            report(int(at.iterations), float(at.log_evidence), float(at.residual))
-    return at
+            report(int(state.iterations), float(state.log_evidence), float(state.residual))
+    return state
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -281,7 +305,7 @@ def _fit_traced(
 
 
 def _begin(start: Sites, damping: Any) -> Fit:
-    """Before the first evaluation: any bound is better, and the direction is none."""
+    """The state before the first evaluation. Any bound is better, and there is no direction."""
     zeros: Any = np.zeros(start.alpha.shape, start.alpha.dtype)
     number = zeros.dtype.type
     expected = LogNormalizer(zeros[:, 0], zeros, zeros)
@@ -293,53 +317,58 @@ def _begin(start: Sites, damping: Any) -> Fit:
 def _steps(
     prior: Prior, y: Array, tol: ArrayLike, max_iterations: int, damping: Any
 ) -> tuple[Callable[[Fit], Any], Callable[[Fit], Fit]]:
-    """Whether a search goes on, and its next step: of numbers that are known, or in a graph."""
+    """Functions of the state: whether the search goes on, and the next state.
+
+    They take known numbers, or traced ones inside a graph.
+    """
     weight = known(y).sum(axis=1)
     size = weight.sum() * y.shape[1]
 
-    def unfinished(at: Fit) -> Any:
-        going = (at.residual > tol) & (at.iterations < max_iterations)
-        return going & (at.step > _SHORTEST)
+    def unfinished(state: Fit) -> Any:
+        going = (state.residual > tol) & (state.iterations < max_iterations)
+        return going & (state.step > _SHORTEST)
 
-    def advance(at: Fit) -> Fit:
-        sites, gain, q = _trial(prior, y, at.sites, at.direction, at.step)
+    def advance(state: Fit) -> Fit:
+        sites, gain, q = _trial(prior, y, state.sites, state.direction, state.step)
         expected = log_normalizer(q.mean, q.whole)
         value = known(gain) - (weight * known(expected.value)).sum()
 
         def accept() -> Fit:
-            direction, residual, end, slope = _ascent(prior, y, sites, expected, q, at.direction)
-            # To where the slope along the last direction was 0, if the bound were quadratic. Where
-            # classes compete, curvatures are up to twice `diag omega`, so that a step of 1 jumps
-            # from one side of the optimum to the other, by changes that the bound's rounding hides.
-            slower = namespace(value).maximum(at.slope - known(end), at.slope / _LONGER)
-            step = at.step * at.slope / slower
-            step = namespace(value).clip(step, at.step * _SHORTER, damping).astype(y.dtype)
-            found = known(residual), at.iterations, direction, step, known(slope)
+            direction, residual, end, slope = _ascent(prior, y, sites, expected, q, state.direction)
+            # The step that would have reached slope 0 along the last direction if the bound were
+            # quadratic. Where classes compete, curvatures are up to twice `diag omega`. A step of 1
+            # would then jump from one side of the optimum to the other, and the rounding of the
+            # bound would hide it.
+            slower = namespace(value).maximum(state.slope - known(end), state.slope / _LONGER)
+            step = state.step * state.slope / slower
+            step = namespace(value).clip(step, state.step * _SHORTER, damping).astype(y.dtype)
+            found = known(residual), state.iterations, direction, step, known(slope)
             return Fit(sites, expected, value, *found)
 
         def shorten() -> Fit:
-            return at._replace(step=at.step * _SHORTER)
+            return state._replace(step=state.step * _SHORTER)
 
-        slack = 10 * float(jnp.finfo(y.dtype).eps) * (size + abs(at.log_evidence))
-        better = value >= at.log_evidence - slack
+        slack = 10 * float(jnp.finfo(y.dtype).eps) * (size + abs(state.log_evidence))
+        better = value >= state.log_evidence - slack
         if isinstance(better, Tracer):
             after = lax.cond(better, accept, shorten)
         else:
             after = accept() if better else shorten()
-        return after._replace(iterations=at.iterations + 1)
+        return after._replace(iterations=state.iterations + 1)
 
     return unfinished, advance
 
 
 @jax.jit
 def _slope(prior: Prior, y: Array, sites: Sites, expected: LogNormalizer) -> Prior:
-    """Of the bound in the prior, at given sites. It takes one Cholesky factor a class."""
+    """The slope of the bound in the prior at given sites: one Cholesky factor for each class."""
     n_classes = y.shape[1]
     mass = jnp.sum(y, axis=1, keepdims=True)
     in_whole = -mass * expected.curvature / 2
     in_variance = in_whole + (1 - 1 / n_classes) / 2 * sites.precision
 
     def means_and_rest(prior: Prior) -> Array:
+        """The part of the bound that needs no posterior variance."""
         mean = prior.times(sites.alpha)
         centred = sites.alpha - jnp.mean(sites.alpha, axis=1, keepdims=True)
         of_mean = (y - mass * expected.mean) - centred / 2
@@ -350,7 +379,7 @@ def _slope(prior: Prior, y: Array, sites: Sites, expected: LogNormalizer) -> Pri
         slope = prior.given(precision).slope(in_variance, in_logdet)
         return jax.tree.map(jnp.add, total, slope), None
 
-    # The last is the posterior of the mean over classes, of which logdet alone counts.
+    # The last one is the posterior of the mean over classes, of which only logdet counts.
     shared = jnp.sum(sites.precision, axis=1) / n_classes
     precisions = jnp.concatenate([sites.precision.T, shared[None]])
     in_variances = jnp.concatenate([in_variance.T, jnp.zeros_like(shared)[None]])
@@ -360,17 +389,17 @@ def _slope(prior: Prior, y: Array, sites: Sites, expected: LogNormalizer) -> Pri
 
 
 def slope(prior: Prior, y: Array, sites: Sites) -> Any:
-    """Of the bound in the prior, at sites of its optimum, which can be held fixed there."""
-    still = jax.tree.map(np.zeros_like, sites)
-    _, _, q = _trial(prior, y, sites, still, y.dtype.type(0))
+    """The slope of the bound in the prior at its optimum, where the sites can be held fixed."""
+    no_direction = jax.tree.map(np.zeros_like, sites)
+    _, _, q = _trial(prior, y, sites, no_direction, y.dtype.type(0))
     return _slope(prior, y, sites, log_normalizer(q.mean, q.whole))
 
 
 @jax.custom_jvp
 def evidence(prior: Prior, y: Array, fit: Fit) -> Array:
-    """The bound that a fit of `prior` and `y` has reached; NaN where none is finite.
+    """The bound that a fit of `prior` and `y` has reached, in nats; NaN if it is not finite.
 
-    It has first derivatives in both: at the optimum the sites can be held fixed.
+    It has first derivatives in both, since at the optimum the sites can be held fixed.
     """
     del prior, y
     value = jnp.asarray(fit.log_evidence)

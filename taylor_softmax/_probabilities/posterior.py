@@ -1,4 +1,4 @@
-"""The posterior of logits given class labels, and what it says of test inputs."""
+"""The posterior of logits given class labels, and its predictions at test inputs."""
 
 import dataclasses
 import warnings
@@ -42,7 +42,8 @@ class ClassPosterior(NamedTuple):
 
     Attributes:
       probabilities: `E[y]`, shape `(..., C)`.
-      covariance: `Cov[y]`, shape `(..., C, C)`: how uncertain the posterior is of them; or None.
+      covariance: `Cov[y]`, shape `(..., C, C)`: how uncertain the probabilities are. None if it was
+        not asked for.
     """
 
     probabilities: Array
@@ -53,7 +54,12 @@ class ClassPosterior(NamedTuple):
 
 
 class LogitPosterior(NamedTuple):
-    """Gaussian posterior over logits, independent over classes; both `(N, C)`."""
+    """Gaussian posterior over logits, independent over classes.
+
+    Attributes:
+      mean: posterior means, `(N, C)`.
+      variance: posterior variances, `(N, C)`, in units of a logit squared.
+    """
 
     mean: Array
     variance: Array
@@ -68,16 +74,16 @@ class CategoricalPosterior:
 
     Attributes:
       log_evidence: a lower bound of `log p(y)`, in nats.
-      alpha: `K^-1` times the mean of the logits at the training inputs, `(N, C)`. At the optimum
-        `y - p`: what a label differs by from its expected probability.
+      alpha: `K^-1` times the means of the logits at the training inputs, `(N, C)`. At the optimum
+        it is `y - p`, the label minus its expected probability.
       site_precision: `omega`, `(N, C)`.
       converged: whether `residual` is at most the tolerance.
-      iterations: how often the bound was evaluated.
-      residual: how far from the optimum: see `categorical_inference`.
-      history: bound and residual by iteration, `(iterations, 2)`.
-      prior: what was given of the kernel, as inference has it.
-      get: "nngp" or "ntk", which of them was taken from a `neural_tangents.Kernel`; None if the
-        kernel was an array.
+      iterations: number of evaluations of the bound.
+      residual: distance from the optimum, see `tol` of `categorical_inference`.
+      history: bound and residual of each iteration, `(iterations, 2)`.
+      prior: the prior of the logits, made of the training kernel.
+      get: the kernel that was taken from a `neural_tangents.Kernel`, "nngp" or "ntk"; None if the
+        argument was an array.
     """
 
     log_evidence: Array
@@ -125,24 +131,29 @@ class CategoricalPosterior:
     ) -> ClassPosterior | LogitPosterior:
         """Class probabilities at test inputs.
 
-        Kernels of the logits, as in `categorical_inference`: arrays, or what `kernel_fn` returns.
+        Both kernels are kernels of the logits, as in `categorical_inference`: arrays, or what
+        `kernel_fn` returns.
 
         Args:
-          k_test_train: kernel of test with training inputs, `(T, N)`, or with inducing inputs,
-            `(T, M)`, if the posterior is of `InducingKernels`.
-          k_test_test: kernel of test inputs, `(T, T)`, or its diagonal `(T,)`, all that is used.
+          k_test_train: kernel of `T` test inputs with the training inputs, `(T, N)`, or with the
+            inducing inputs, `(T, M)`, if the posterior was made of `InducingKernels`.
+          k_test_test: kernel of the test inputs, `(T, T)`, or its diagonal, `(T,)`. Only the
+            diagonal is used.
           covariance: whether to return `Cov[y]`, `(T, C, C)`, too.
-          latent: whether to return means and variances of the logits instead, `(T, C)` each.
+          latent: whether to return means and variances of the logits instead, both `(T, C)`.
+
+        Returns:
+          A `ClassPosterior`, or with `latent` a `LogitPosterior`.
 
         Raises:
-          TypeError: the kernel is complex, or no array of numbers.
-          ValueError: shapes don't match, the kernel is not finite, has covariances that its
-            variances don't allow, or is not that of the logits. Of a test input whose kernel is
-            traced the results are NaN instead.
+          TypeError: a kernel is complex, or not an array of numbers.
+          ValueError: shapes do not match; a kernel is not finite, has covariances that its
+            variances do not allow, or is not a kernel of logits. If the kernel of a test input is
+            traced, wrong values make the results at this input NaN instead.
         """
         cross, variance, valid, dtype = read_cross(k_test_train, k_test_test, self.prior, self.get)
         logits = _logits(self.prior, Sites(self.alpha, self.site_precision), cross, variance)
-        # Half precision comes back as it came.
+        # Arguments in half precision have results in half precision.
         half = jnp.finfo(dtype).bits < 32
 
         def as_given(x: Array) -> Array:
@@ -156,15 +167,19 @@ class CategoricalPosterior:
 
 
 def _logits(prior: Prior, sites: Sites, cross: Array, variance: Array) -> LogitPosterior:
-    """At test inputs of variances `(T,)` and kernels `cross` with those that the prior has.
+    """The posterior of the logits at test inputs.
 
-    All of them filled up to sizes for which this is compiled already.
+    All arrays are filled up to sizes for which programs may be compiled already.
+
+    Args:
+      cross: kernel of test inputs with the training or inducing inputs, `(T, N)` or `(T, M)`.
+      variance: variances at the test inputs, `(T,)`.
     """
     n_test = len(cross)
     size_test = 16 if n_test <= 16 else -(-n_test // 128) * 128
     prior, *filled = _filled(prior, *sites)
-    sites, n_own = Sites(*filled), padded_size(cross.shape[1])
-    cross = padded(cross, size_test, n_own)
+    sites, size_prior = Sites(*filled), padded_size(cross.shape[1])
+    cross = padded(cross, size_test, size_prior)
     logits = _latent(prior, sites, cross, padded(variance, size_test))
     return jax.tree.map(lambda x: x[:n_test], logits)
 
@@ -184,11 +199,11 @@ def _latent(prior: Prior, sites: Sites, cross: Array, variance: Array) -> LogitP
 def choose_inducing(
     variance: Validated[ArrayLike], column: Callable[[int], ArrayLike], n_inducing: Validated[int]
 ) -> np.ndarray:
-    """Which inputs to take for inducing ones: each the one that those before explain least.
+    """Chooses inducing inputs: each is the input that those chosen before explain least.
 
-    The largest conditional variance, that is, the pivot of a Cholesky factorisation, as Burt,
-    Rasmussen & van der Wilk 2020 (JMLR 21:131) recommend. Time: `N M^2`, and `M` columns of the
-    kernel.
+    That is the input of the largest conditional variance, or the pivot of a Cholesky
+    factorisation, as Burt, Rasmussen & van der Wilk 2020 (JMLR 21:131) recommend. The choice takes
+    `N M^2` operations, and `M` columns of the kernel.
 
         def column(i):
             return kernel_fn(x, x[i : i + 1], "nngp")[:, 0]
@@ -196,37 +211,45 @@ def choose_inducing(
         chosen = choose_inducing(variance, column, 500)
 
     Args:
-      variance: at all inputs, `(N,)`: the diagonal of their kernel.
-      column: of an index, the kernel of all inputs with that one, `(N,)`.
-      n_inducing: how many, at most.
+      variance: variances at all inputs, `(N,)`: the diagonal of their kernel.
+      column: from the index of an input, the kernel of all inputs with this one, `(N,)`.
+      n_inducing: largest number `M` of inducing inputs.
 
     Returns:
-      Their indices, fewer than `n_inducing` where these explain all others up to rounding.
+      Indices of the inducing inputs. There are fewer than `n_inducing` if these explain all other
+      inputs up to rounding.
 
     Raises:
-      TypeError, ValueError: an argument is not as above.
+      TypeError: an argument is not real, or `n_inducing` is not an integer.
+      ValueError: an argument does not have the shape above, a variance is negative or not finite,
+        or `n_inducing` is less than 1.
     """
-    (rest,), _ = as_real(variance=variance)
+    (given_variance,), _ = as_real(variance=variance)
     check_integer("n_inducing", n_inducing, least=1)
-    if rest.ndim != 1:
-        raise ValueError(f"`variance` must have shape (N,), got {rest.shape}.")
-    check_variances("variance", rest)
-    rest = np.array(rest)
-    least = 10 * len(rest) * np.finfo(rest.dtype).eps * rest.max(initial=0)
-    rows, chosen = np.empty((min(n_inducing, rest.size), rest.size), rest.dtype), []
+    if given_variance.ndim != 1:
+        raise ValueError(
+            f"`variance` must have shape (N,), got {given_variance.shape}. Pass the diagonal of "
+            "the kernel."
+        )
+    check_variances("variance", given_variance)
+    # The variance of each input given those that are chosen.
+    unexplained = np.array(given_variance)
+    n, dtype = unexplained.size, unexplained.dtype
+    rounding = 10 * n * np.finfo(dtype).eps * unexplained.max(initial=0)
+    rows, chosen = np.empty((min(n_inducing, n), n), dtype), []
     for k, row in enumerate(rows):
-        i = int(np.argmax(rest))
-        if rest[i] <= least:
+        i = int(np.argmax(unexplained))
+        if unexplained[i] <= rounding:
             break
-        with_all = np.asarray(column(i))
-        if with_all.shape != rest.shape:
+        kernel_with_i = np.asarray(column(i))
+        if kernel_with_i.shape != (n,):
             raise ValueError(
-                f"`column` must return the kernel of all {rest.size} inputs with one, of shape "
-                f"{rest.shape}, got {with_all.shape}."
+                f"`column` must return the kernel of all {n} inputs with one, of shape ({n},), got "
+                f"{kernel_with_i.shape}."
             )
-        row[:] = (with_all - rows[:k, i] @ rows[:k]) / np.sqrt(rest[i])
-        rest -= row**2
-        rest[i] = 0
+        row[:] = (kernel_with_i - rows[:k, i] @ rows[:k]) / np.sqrt(unexplained[i])
+        unexplained -= row**2
+        unexplained[i] = 0
         chosen.append(i)
     return np.array(chosen, dtype=int)
 
@@ -244,44 +267,47 @@ def categorical_inference(
 ) -> CategoricalPosterior:
     """Posterior of a Gaussian process with a softmax on top, given class labels.
 
-    The model of an infinitely wide network that ends in a softmax: logits `z_c ~ N(0, K)`,
-    independent over classes, and labels with probabilities `softmax(z)`. Its posterior is
+    This is the model of an infinitely wide network that ends in a softmax: logits `z_c ~ N(0, K)`,
+    independent over classes, and labels with the probabilities `softmax(z)`. The posterior is
     approximated by the Gaussian, independent over classes, that maximises a lower bound of the
-    evidence `log p(y)`; every expectation in the bound is exact, without samples. The formulas
-    stand in the docstring of the module `taylor_softmax._probabilities.inference`.
+    evidence `log p(y)`. All expectations in the bound are exact, without samples. The docstring of
+    the module `taylor_softmax._probabilities.inference` has the formulas.
 
         posterior = categorical_inference(kernel_fn(x, None, "nngp"), labels)
         k_test = kernel_fn(x_test, x, "nngp"), kernel_fn(x_test, None, "nngp")
         probabilities = posterior(*k_test).probabilities
 
-    Time: some `10 N^3` operations a class and iteration. Memory: a few `N x N` arrays, whatever
-    the number of classes. With `M` inducing inputs: some `50 N M^2`, and a few `M x N` arrays.
+    It takes about `10 N^3` operations for each class and iteration, and the memory of a few `N x N`
+    arrays, whatever the number of classes. With `M` inducing inputs it takes about `50 N M^2`
+    operations, and a few `M x N` arrays.
 
     Args:
-      k_train_train: kernel of the logits at the training inputs, `(N, N)`: "nngp" for the
-        posterior of the network itself. The kernel of the network up to `Dense(n_classes)`, without
-        its softmax: that of its probabilities is another, which an array does not tell. Or what
-        `kernel_fn` returns: of a `Kernel`, or of a tuple of both, the `nngp` is taken (pass its
-        `ntk` for the posterior under the NTK). Singular kernels need no jitter. Beyond some 3,000
-        inputs `InducingKernels`.
-      y_train: classes as integers `(N,)`, from 0, or one-hot or soft labels `(N, C)` that sum to 1.
-      n_classes: number of classes of integer labels; by default the largest label and one.
-      tol: what the residual has to fall to: the largest of `|y - p - alpha|`, and of what a change
-        of the logarithm of a precision would do to twice the bound, in nats.
-      max_iterations: how often the bound may be evaluated.
+      k_train_train: kernel of the logits at the training inputs, `(N, N)`. Take the NNGP for the
+        posterior of the network itself, and the kernel of the network up to `Dense(n_classes)`,
+        without its softmax. An array does not tell whether it is the kernel of logits or of
+        probabilities. You can also pass what `kernel_fn` returns. If that holds NNGP and NTK, the
+        NNGP is taken; pass `.ntk` for the posterior under the NTK. Singular kernels need no jitter.
+        For more than about 3,000 inputs pass `InducingKernels`.
+      y_train: classes as integers from 0, `(N,)`, or one-hot or soft labels, `(N, C)`, that sum to
+        1 over classes.
+      n_classes: number of classes. The default for integer labels is the largest label plus 1.
+      tol: the residual to reach. The residual is the largest of `|y - p - alpha|` and of
+        `|omega D|`, the derivative of twice the bound, in nats, in the logarithm of a precision.
+      max_iterations: largest number of evaluations of the bound.
       damping: the longest step, in (0, 1].
-      init: a posterior of as many inputs and classes to start from, of another kernel for example.
-      progress: whether to print bound and residual.
+      init: a posterior to start from, with as many inputs and classes, such as that of another
+        kernel.
+      progress: whether to print bound and residual of each iteration.
 
     Returns:
-      A `CategoricalPosterior`, to be called with the kernels of test inputs. If it has not
-      converged it says so, with a warning.
+      A `CategoricalPosterior`, to be called with the kernels of test inputs. A warning says so if
+      it has not converged.
 
     Raises:
       TypeError: labels are neither integers nor real, the kernel is not real, or one of them is
-        traced, as inside `jit`: take `categorical_log_evidence` there.
-      ValueError: the kernel is not square, symmetric, finite or positive semi-definite, or is a
-        `Kernel` of outputs that are not Gaussian; labels are out of range, don't sum to 1 or are
+        traced, as inside `jit`: use `categorical_log_evidence` there.
+      ValueError: the kernel is not square, symmetric, finite or positive semi-definite, or it is a
+        `Kernel` of outputs that are not Gaussian; labels are out of range, do not sum to 1, or are
         not as many as inputs; or an option is out of range.
     """
     prior, y, get = read_observations(k_train_train, y_train, n_classes)
@@ -289,8 +315,8 @@ def categorical_inference(
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((prior, y))):
         raise TypeError(
             "`categorical_inference` got traced arguments, as inside `jit`, `grad` or `vmap`, "
-            "where it can't say whether it has converged. Call it outside, or take the bound "
-            "alone: `categorical_log_evidence`."
+            "where it can't say whether it has converged. Call it outside, or use "
+            "`categorical_log_evidence`, which returns the bound alone."
         )
     history: list[tuple[float, float]] = []
 
@@ -316,8 +342,9 @@ def categorical_inference(
     if not converged:
         warnings.warn(
             f"`categorical_inference` has not converged: after {iterations} iterations the "
-            f"residual is {residual:.1e}, `tol` {tol:.1e}. The bound {float(fit.log_evidence):.6g} "
-            "holds all the same. Go on from here with `init=`, or accept a larger `tol`.",
+            f"residual is {residual:.1e}, and `tol` is {tol:.1e}. The bound "
+            f"{float(fit.log_evidence):.6g} holds nevertheless. Continue from this posterior with "
+            "`init=`, raise `max_iterations`, or accept a larger `tol`.",
             stacklevel=2,
         )
     alpha, precision = (jnp.asarray(np.asarray(x)[: len(y)]) for x in fit.sites)
@@ -345,7 +372,7 @@ def categorical_log_evidence(
 ) -> Float[Array, ""]:
     """The lower bound of `log p(y)` of `categorical_inference`, differentiable in the kernel.
 
-    For depths and scales of a network, by any optimiser of functions with gradients:
+    Maximise it to choose depth and scales of a network, with any optimiser that takes gradients:
 
         def loss(scales):
             kernel_fn = network(*scales)
@@ -353,12 +380,13 @@ def categorical_log_evidence(
 
         value, gradient = jax.value_and_grad(loss)(scales)
 
-    At its optimum over the posterior the bound's derivative in the kernel is that with the
-    posterior held fixed: the gradient costs one more iteration, whatever their number. It is the
-    first derivative only: second ones would miss how the posterior moves. Works under `jit`, where
-    labels have to be concrete or `n_classes` given. What is traced and wrong gives NaN there.
+    At the optimum over the posterior, the derivative of the bound in the kernel is that at a fixed
+    posterior. So the gradient costs one more iteration, whatever the number of hyperparameters.
+    Only first derivatives are right: second derivatives would miss how the posterior moves. The
+    function works under `jit`, if labels are concrete or `n_classes` is given. Wrong values of
+    traced arguments make the result NaN.
 
-    Args and errors are those of `categorical_inference`.
+    Arguments and errors are those of `categorical_inference`.
 
     Returns:
       The bound, a scalar, in nats.
@@ -366,7 +394,7 @@ def categorical_log_evidence(
     prior, y, _ = read_observations(k_train_train, y_train, n_classes)
     _check_options(tol, max_iterations, damping)
     fixed = jax.lax.stop_gradient(prior)
-    # Under `jit` shapes are what they are.
+    # Under `jit` the shapes are fixed already, and filling up would save no compilation.
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((fixed, y))):
         prior, y = _filled(prior, y)
         fixed = jax.lax.stop_gradient(prior)
@@ -382,9 +410,9 @@ def categorical_log_evidence(
 
 
 def _filled(prior: Prior, *rows: Any) -> tuple[Any, ...]:
-    """Prior and rows of training inputs, filled up to a size for which all is compiled already.
+    """The prior and rows of training inputs, filled up so that compiled programs can be reused.
 
-    The inputs that are added have no variance and no labels, and change nothing.
+    The added inputs have neither variance nor labels, and change nothing.
     """
     size = padded_size(len(rows[0]))
     return prior.padded(size), *(padded(x, size, x.shape[1]) for x in rows)
@@ -399,13 +427,18 @@ def _check_options(tol: Any, max_iterations: Any, damping: Any) -> None:
 
 
 def _start(prior: Prior, y: Array, filled: Array, init: CategoricalPosterior | None) -> Sites:
-    """Sites to start from for labels `(N, C)`, filled up: those of `init`, if it has as many."""
+    """The sites to start from, filled up: those of `init`, or those of equal probabilities.
+
+    Args:
+      y: labels, `(N, C)`.
+      filled: the labels, filled up.
+    """
     if init is None:
         return inference.initial_sites(filled)
     if init.alpha.shape != y.shape:
         raise ValueError(
-            f"`init` must have {y.shape[0]} inputs and {y.shape[1]} classes, got "
-            f"{init.alpha.shape}."
+            f"`init` must be a posterior of {y.shape[0]} inputs and {y.shape[1]} classes, got "
+            f"{init.alpha.shape}. Leave it out where the training inputs changed."
         )
     before, *sites = _filled(init.prior, init.alpha, init.site_precision)
     before, sites = jax.tree.map(lambda x: x.astype(y.dtype), (before, Sites(*sites)))

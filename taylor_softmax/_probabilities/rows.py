@@ -1,4 +1,4 @@
-"""Arguments of class probabilities as rows of logits, or what is wrong with them."""
+"""Reading and checking of the arguments of class probabilities: rows of logits, one a point."""
 
 from typing import Any, NamedTuple
 
@@ -17,21 +17,21 @@ from taylor_softmax._numerics.arguments import (
     namespace,
 )
 
-# Of a covariance's asymmetry and of its eigenvalues below 0, over its largest entry: what rounding
-# in float32 leaves.
+# How large the asymmetry of a covariance may be, and how far its eigenvalues may be below 0,
+# relative to its largest entry: float32 rounds by less.
 _ROUNDING = 1e-4
 
 
 class Rows(NamedTuple):
-    """Arguments as rows.
+    """The logits of `N` points.
 
     Attributes:
-      batch: the shape of all points.
-      mean: `(N, C)`.
-      spread: variances `(N, C)`, or covariances `(N, C, C)`.
-      valid: of traced arguments which rows are, `(N,)`, where the others hold something harmless;
-        None where all are.
-      dtype: of results.
+      batch: the shape that the points had, before they became rows.
+      mean: means, `(N, C)`.
+      spread: variances, `(N, C)`, or covariances, `(N, C, C)`.
+      valid: which rows are valid, `(N,)`, if arguments are traced; the others hold harmless
+        numbers. None if all rows are valid.
+      dtype: dtype of results.
     """
 
     batch: tuple[int, ...]
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 def restore(result: Array, rows: Rows) -> Array:
-    """`(N, ...)` in the shape and dtype of the arguments, NaN in rows that are not valid."""
+    """`result`, `(N, ...)`, in the shape and dtype of the arguments; NaN in rows not valid."""
     if rows.valid is not None:
         valid = rows.valid.reshape(-1, *(1,) * (result.ndim - 1))
         result = jnp.where(valid, result, jnp.nan)
@@ -51,7 +51,11 @@ def restore(result: Array, rows: Rows) -> Array:
 
 
 def independent(mean: Any, variance: Any) -> Rows:
-    """Rows of independent logits, or what is wrong with them."""
+    """Reads and checks independent logits.
+
+    Raises:
+      TypeError, ValueError: as `class_probabilities`.
+    """
     (mean, variance), dtype = as_real(mean=mean, variance=variance)
     valid = _check_means(known(mean))
     if not fits(variance.shape, mean.shape):
@@ -59,19 +63,23 @@ def independent(mean: Any, variance: Any) -> Rows:
             f"`variance` must broadcast to the shape {mean.shape} of `mean`, got {variance.shape}. "
             "Give one variance per point the shape (..., 1): `variance[..., None]`."
         )
-    each = check_variances("variance", known(variance))
-    np_ = namespace(each)
-    valid = valid & np_.all(np_.broadcast_to(each, mean.shape), -1)
+    valid_variance = check_variances("variance", known(variance))
+    np_ = namespace(valid_variance)
+    valid = valid & np_.all(np_.broadcast_to(valid_variance, mean.shape), -1)
     variance = concrete(variance)
     variance = namespace(variance).broadcast_to(variance, mean.shape)
     return _rows(concrete(mean), variance, valid, dtype)
 
 
 def with_covariance(mean: Any, covariance: Any, *, difference: bool = False) -> Rows:
-    """Rows of logits with a full covariance, or what is wrong with them.
+    """Reads and checks logits with a full covariance.
 
     Args:
-      difference: the covariance is one of nearly equal ones: eigenvalues below 0 stand for 0.
+      difference: whether the covariance is a difference of nearly equal ones. Its eigenvalues may
+        then be below 0, and count as 0.
+
+    Raises:
+      TypeError, ValueError: as `class_probabilities`.
     """
     (mean, covariance), dtype = as_real(mean=mean, covariance=covariance)
     valid = _check_means(known(mean))
@@ -79,7 +87,7 @@ def with_covariance(mean: Any, covariance: Any, *, difference: bool = False) -> 
     if covariance.shape[-2:] != shape[-2:] or not fits(covariance.shape, shape):
         raise ValueError(
             f"`covariance` must have shape (..., C, C) and broadcast to {shape} for a `mean` of "
-            f"shape {mean.shape}, got {covariance.shape}. Variances alone go to `variance`."
+            f"shape {mean.shape}, got {covariance.shape}. Pass variances alone as `variance`."
         )
     mean, covariance = concrete(mean), concrete(covariance)
     np_, present = namespace(mean, covariance), known(mean) > -np.inf
@@ -93,7 +101,7 @@ def with_covariance(mean: Any, covariance: Any, *, difference: bool = False) -> 
 
 
 def _rows(mean: Any, spread: Any, valid: Any, dtype: Any) -> Rows:
-    """Of arguments that were checked: `(..., C)`, and `(..., C)` or `(..., C, C)`."""
+    """Rows from checked means, `(..., C)`, and variances or covariances of the same batch."""
     batch, axes = mean.shape[:-1], spread.shape[mean.ndim - 1 :]
     mean, spread = mean.reshape(-1, mean.shape[-1]), spread.reshape(-1, *axes)
     if not isinstance(valid, Tracer):
@@ -104,7 +112,7 @@ def _rows(mean: Any, spread: Any, valid: Any, dtype: Any) -> Rows:
 
 
 def _check_covariance(covariance: Any) -> Any:
-    """Which covariances are valid, or what is wrong with them."""
+    """Which covariances are valid, `(...)`; raises `ValueError` if they are concrete."""
     np_ = namespace(covariance)
     finite = check_entries("covariance", covariance, np_.isfinite(covariance), "finite")
     ok = np_.all(finite, (-1, -2))
@@ -122,15 +130,15 @@ def _check_covariance(covariance: Any) -> Any:
 
 
 def _check_means(mean: Any) -> Any:
-    """Which rows of means are valid, or what is wrong with them."""
+    """Which rows of means are valid, `(...)`; raises `ValueError` if they are concrete."""
     if mean.ndim == 0 or mean.shape[-1] == 0:
         raise ValueError(
             f"`mean` must have shape (..., C) with C >= 1 classes, got {mean.shape}. "
             "Pass the logits of a point as one row."
         )
     np_ = namespace(mean)
-    numbers = ~np_.isnan(mean) & ~np_.isposinf(mean)
-    check_entries("mean", mean, numbers, "finite, or -inf where there is no such class")
+    allowed = ~np_.isnan(mean) & ~np_.isposinf(mean)
+    check_entries("mean", mean, allowed, "finite, or -inf for a class that is excluded")
     largest = mean.max(-1)
-    check_entries("mean", largest, largest > -np.inf, "finite for a class of each point")
-    return numbers.all(-1) & (largest > -np.inf)
+    check_entries("mean", largest, largest > -np.inf, "finite for at least one class of each point")
+    return allowed.all(-1) & (largest > -np.inf)

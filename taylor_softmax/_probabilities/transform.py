@@ -1,8 +1,8 @@
 """One Gaussian logit under the outer integral: its transform `phi` and tilted moments of `t f(z)`.
 
-`z ~ N(mean, variance)`, `phi(t) = E[exp(-t f(z))]`; "tilted" is under weights proportional to
-`exp(-t f(z))`. For softmax `phi(exp(-x))` is the distribution function of `z + g` with `g` standard
-Gumbel, and the expectation may be taken over either of the two.
+Let `z ~ N(mean, variance)` and `phi(t) = E[exp(-t f(z))]`. "Tilted" means weighted in proportion to
+`exp(-t f(z))`. For softmax, `phi(exp(-x))` is the distribution function of `z + g`, where `g` is a
+standard Gumbel variable, the noise. The expectation may be taken over either of the two.
 """
 
 import math
@@ -26,20 +26,21 @@ from taylor_softmax._probabilities.rules import (
     range_of_log_f,
 )
 
-# Up to this standard deviation deviations are taken from `t f(mean)`, relative to which they are
-# small; beyond it the tilted logit may be so far from its mean that this would lose digits.
+# Up to this standard deviation moments are taken about `t f(mean)`, from which `t f(z)` deviates
+# little. Beyond it the tilted logit may be so far from its mean that this would lose digits.
 NARROW = 0.3
-# Where variances are taken about beyond it, in units of `t f`: at most here.
+# Beyond it variances are taken about at most this value of `t f`.
 _LARGEST_POINT = 4.0
 
 
 class Tilted(NamedTuple):
-    """Of each class, at each outer node.
+    """Moments of each class at each outer node.
 
     Attributes:
       log_phi: `log phi`.
       mean: tilted mean of `t f(z)`.
-      deviation: that minus `t f(mean)`, where the standard deviation is at most `NARROW`; or None.
+      deviation: tilted mean of `t f(z) - t f(mean)`; it means nothing if the standard deviation is
+        beyond `NARROW`. None if it was not asked for.
       variance: tilted variance of `t f(z)`, or None.
     """
 
@@ -52,10 +53,17 @@ class Tilted(NamedTuple):
 def tilted(
     mean: Array, variance: Array, s: Array, *, rule: Rule, surrogate: Surrogate, second: bool
 ) -> Tilted:
-    """At `s`, `(outer, M)`, for logits of the given means and variances, `(M,)`.
+    """Tilted moments of `M` logits.
 
     Args:
-      second: whether deviations and variances are wanted.
+      mean, variance: of the logits, `(M,)`.
+      s: nodes, `(outer, M)`.
+      rule: numbers of nodes of the expectations.
+      surrogate: the function `f`.
+      second: whether to compute deviations and variances.
+
+    Returns:
+      Arrays of shape `(outer, M)`.
     """
     if surrogate.has_closed_form:
         t = jnp.exp(s)
@@ -77,15 +85,17 @@ def tilted(
 def _over_logit(
     mean: Array, sigma: Array, s: Array, rule: Rule, surrogate: Surrogate, second: bool
 ) -> Tilted:
+    """By an expectation over the logit itself."""
     log_f = surrogate.log_value
     low, high = (lax.stop_gradient(x) for x in range_of_log_f(mean, sigma, surrogate))
-    # t f as a product of two factors, of which one belongs to the outer node: a sum of logarithms
-    # would cost one more exponential. Centred, neither overflows; from `limit` on exp(-t f) is 0.
+    # t f is a product of two factors, one for the outer node and one for the inner: a sum of
+    # logarithms would cost one more exponential. Centred, neither overflows. Beyond `limit`
+    # exp(-t f) is 0.
     limit = -log_tiny(s.dtype)
     centre = (high + low) / 2
     t = jnp.exp(jnp.minimum(s + centre, high - centre + math.log(limit)))
 
-    # Here, since within the loop it would be computed again for every outer node.
+    # Computed outside of the loop, in which it would be repeated for every outer node.
     step, weight = _steps(mean, sigma, rule, surrogate)
     f = jnp.exp(log_f(mean + step) - centre)
 
@@ -102,36 +112,36 @@ def _over_logit(
 
     at_mean = jnp.exp(log_f(mean) - centre)
     narrow = sigma <= NARROW
-    # The variance about a point near the mean: about 0 it would cancel for small sigma.
+    # The variance is taken about a point near the mean: about 0 it would cancel for small sigma.
     point = t * at_mean
     point = jnp.where(narrow, point, jnp.minimum(point, _LARGEST_POINT))
-    # f(z) - f(mean) itself has no digits left where sigma is small.
+    # The difference f(z) - f(mean) would lose its digits for small sigma.
     change = at_mean * surrogate.relative_change(mean, jnp.where(narrow, step, 0))
 
     def terms(node: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         f, change, weight = node
         value = jnp.minimum(t * f, limit)
         distance = jnp.where(narrow, t * change, value - point)
-        # What 1 + expm1 has lost where it is small only the variances miss.
+        # 1 + expm1 loses digits where it is small, which only variances notice.
         tilt = weight * jnp.exp(-value)
         return weight * jnp.expm1(-value), tilt, tilt * distance, tilt * distance**2
 
     shortfall, phi, first, squares = _sums(terms, (f, change, weight), s, 4)
     _, log_phi = _from_shortfall(shortfall)
-    # Relative to their own sum, which has digits where phi is small and 1 + shortfall has none; the
-    # floor, below which nothing matters, keeps 1 / phi^2 finite in derivatives.
+    # Divided by their own sum, which keeps its digits where phi is small and 1 + shortfall has
+    # none. The floor keeps 1 / phi^2 finite in derivatives; nothing below it matters.
     phi = jnp.maximum(phi, jnp.finfo(s.dtype).eps ** 2)
     deviation = first / phi
     return Tilted(log_phi, point + deviation, deviation, squares / phi - deviation**2)
 
 
 def _steps(mean: Array, sigma: Array, rule: Rule, surrogate: Surrogate) -> tuple[Array, ArrayLike]:
-    """Nodes for a logit less its mean, `(nodes, M)`, and their weights, summing to 1."""
+    """Nodes for a logit minus its mean, `(nodes, M)`, and their weights, which sum to 1."""
     x, weight = quadrature.normal_rule(rule.logit, REACH)
     step = sigma * jnp.asarray(x, sigma.dtype)[:, None]
     if not rule.graded_logit:
         return step, weight
-    # z = bottom + order sinh(xi): polynomials are resolved by steps that grow with |z| / order.
+    # z = minimiser + order sinh(xi). Steps that grow with |z| / order resolve polynomials.
     assert surrogate.order is not None
     wide = sigma > LEAST_GRADED
     spread = jnp.where(wide, sigma, LEAST_GRADED)
@@ -147,19 +157,20 @@ def _steps(mean: Array, sigma: Array, rule: Rule, surrogate: Surrogate) -> tuple
 
 
 def _over_noise(mean: Array, sigma: Array, s: Array, n: int, second: bool) -> Tilted:
-    """The same for softmax, where `exp(-t e^z)` is the probability that `tau ~ Exp(1) > t e^z`.
+    """For softmax, by an expectation over the noise.
 
-    So `phi = E[Phi(x)]` with `x = (log tau - s - mean) / sigma` and `Phi` the normal distribution
-    function, and by parts `E[(t e^z)^k exp(-t e^z)] = E[tau^(k-1) Phi'(x)] / sigma` for `k = 1, 2`.
+    `exp(-t e^z)` is the probability that `tau ~ Exp(1)` is larger than `t e^z`. So
+    `phi = E[Phi(x)]` with `x = (log tau - s - mean) / sigma` and `Phi` the normal distribution
+    function. Integration by parts gives
+    `E[(t e^z)^k exp(-t e^z)] = E[tau^(k-1) Phi'(x)] / sigma` for `k = 1, 2`.
     """
-
     scaled, inverse = (s + mean) / sigma, 1 / sigma
 
     def terms(node: tuple[Array, Array]) -> tuple[Array, ...]:
         log_tau, weight = node
         x = log_tau * inverse - scaled
         shortfall = weight * jax.scipy.special.erfc(x / math.sqrt(2)) / -2
-        # Where the density underflows its logarithm does not matter.
+        # A density below exp(-80) does not matter. The floor keeps it from underflowing.
         density = weight * jnp.exp(jnp.maximum(-(x**2) / 2, -80.0))
         sums = shortfall, density
         return (*sums, density * jnp.exp(log_tau)) if second else sums
@@ -169,7 +180,7 @@ def _over_noise(mean: Array, sigma: Array, s: Array, n: int, second: bool) -> Ti
     first, *squares = (total / (math.sqrt(2 * math.pi) * sigma * phi) for total in sums)
     if not second:
         return Tilted(log_phi, first)
-    # Not narrow, so that nobody asks for deviations.
+    # Wide logits have no deviations: the mean takes their place.
     return Tilted(log_phi, first, first, squares[0] - first**2)
 
 
@@ -179,9 +190,15 @@ def _sums(
     like: Array,
     n_sums: int,
 ) -> tuple[Array, ...]:
-    """Sums over nodes of the `n_sums` arrays that `terms` returns for one of them."""
+    """Sums over nodes of the `n_sums` arrays that `terms` returns for one node.
 
-    # One node after the other, with the sums in cache: an axis for the nodes is twice as slow.
+    Args:
+      terms: `terms(node)` returns arrays of the shape of `like`.
+      nodes: arrays with one entry a node along the first axis.
+      like: an array of the shape and dtype of the sums.
+    """
+
+    # One node after the other keeps the sums in cache: an axis for the nodes is twice as slow.
     @jax.checkpoint
     def add(sums: tuple[Array, ...], node: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
         return tuple(a + b for a, b in zip(sums, terms(node), strict=True)), None
@@ -191,9 +208,9 @@ def _sums(
 
 
 def _from_shortfall(shortfall: Array) -> tuple[Array, Array]:
-    """`phi` and `log phi` from `phi - 1`, which has the digits where many classes have phi near 1.
+    """`phi` and `log phi` from `phi - 1`, which keeps its digits where `phi` is near 1.
 
-    Where `phi` is near 0 all that matters is its absolute error, and that no logarithm is infinite.
+    Where `phi` is near 0, only its absolute error matters, and that its logarithm is finite.
     """
     shortfall = jnp.maximum(shortfall, -1 + jnp.finfo(shortfall.dtype).eps)
     return 1 + shortfall, jnp.log1p(shortfall)
