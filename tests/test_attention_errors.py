@@ -17,7 +17,7 @@ import taylor_softmax
 from taylor_softmax import stax
 from taylor_softmax._numerics import errors
 from taylor_softmax._numerics.surrogate import parse
-from taylor_softmax._position_axis import attention_pair, attention_terms, queries
+from taylor_softmax._position_axis import attention_inputs, attention_terms, queries
 from taylor_softmax._position_axis.attention_rows import Rows
 from taylor_softmax._position_axis.estimate import Budget
 from taylor_softmax.methods import QuasiMonteCarlo
@@ -33,16 +33,16 @@ def equicorrelated(own, common, size):
     return own * np.eye(size) + common
 
 
-def of_classes(variance, covariance, size):
+def of_classes(variance1, covariance, variance2, size):
     """`E[y_p y'_p]` less `1 / size^2` over `1 - 1 / size`, and its slope, of i.i.d. logits."""
 
     def of(a, c, b):
         return taylor_softmax.class_covariance(a, c, b, n_classes=size)
 
-    given = jnp.broadcast_arrays(variance, covariance, variance)
+    given = jnp.broadcast_arrays(variance1, covariance, variance2)
     flat = [x.ravel() for x in given]
     both = of(*flat), jax.vmap(jax.grad(of, 1))(*flat)
-    return [np.asarray(x).reshape(given[0].shape) for x in both]
+    return [x.reshape(given[0].shape) for x in both]
 
 
 class Problems:
@@ -53,60 +53,75 @@ class Problems:
         self.size, (self.variance, self.correlation) = size, [x.ravel() for x in grid]
         self.n = len(self.variance)
 
+    def moments(self, variance1, covariance, variance2, own, common):
+        """`F(V)`, and `G(V; Id)` for `V` of an `own` and a `common` part."""
+        value, slope = of_classes(variance1, covariance, variance2, self.size)
+        value = common + own * (1 / self.size + (self.size - 1) * value)
+        return value, own * (self.size - 1) * slope
+
+    def exact(self, shifts=((0.0, 0.0, 0.0), (0.0, 0.0))):
+        """NNGP and NTK, `(2, pairs, queries, queries)`.
+
+        Args:
+          shifts: of the correlation, of the logarithm of covariances of the first keys, and of that
+            of covariances of queries; and of the logarithms of variances of the first queries.
+        """
+        (by, wider, closer), own_queries = shifts
+        variance, rho = (x[:, None, None] for x in (self.variance, self.correlation + by))
+        tau2, (own, common) = variance / (1 - COMMON), (1 - COMMON, COMMON)
+        between = tau2 * OF_QUERIES * jnp.exp(closer)
+        first = variance * jnp.exp(wider + jnp.asarray(own_queries)[:, None])
+        given = first, rho * own * between, variance
+        nngp, slope = self.moments(*given, rho * own, rho * common)
+        of_values, of_keys = self.moments(*given, *NTK)
+        ntk = 2 * nngp + of_values
+        ntk += (2 + QUERIES_NTK) * between * slope * rho * own + between * rho * own * of_keys
+        return jnp.stack([nngp, ntk])
+
     def expected(self):
         """NNGP, NTK, and their scales."""
-        tau2, rho = (x[:, None, None] for x in (self.variance / (1 - COMMON), self.correlation))
-        size, between = self.size, tau2 * OF_QUERIES
-
-        def moments(covariance, own, common):
-            """`F(V)`, and `G(V; Id)` for `V` of an `own` and a `common` part."""
-            value, slope = of_classes(self.variance[:, None, None], covariance, size)
-            value = common + own * (1 / size + (size - 1) * value)
-            return value, own * (size - 1) * slope
-
-        own, (of_ntk, common_of_ntk) = 1 - COMMON, NTK
-        covariance = rho * own * between
-        nngp, slope = moments(covariance, rho * own, rho * COMMON)
-        of_values, _ = moments(covariance, of_ntk, common_of_ntk)
-        of_keys = slope * of_ntk
-        ntk = 2 * nngp + of_values
-        ntk += (2 + QUERIES_NTK) * between * slope * rho * own + between * of_keys
+        nngp, ntk = self.exact()
         # Of an input with itself, NTKs having its shape and their size.
-        value, slope = moments(own * tau2, own, COMMON)
-        whole = np.linalg.norm(equicorrelated(*NTK, size))
-        whole /= np.linalg.norm(equicorrelated(own, COMMON, size))
-        of_slopes = (2 + QUERIES_NTK + of_ntk / own) * tau2 * slope * own
-        scales = value, (2 + whole) * value + of_slopes
-        return nngp, ntk, [x[:, 0, 0] for x in scales]
+        own, tau2 = 1 - COMMON, self.variance / (1 - COMMON)
+        value, slope = self.moments(self.variance, own * tau2, self.variance, own, COMMON)
+        whole = np.linalg.norm(equicorrelated(*NTK, self.size))
+        whole /= np.linalg.norm(equicorrelated(own, COMMON, self.size))
+        of_slopes = (2 + QUERIES_NTK + NTK[0] / own) * tau2 * slope * own
+        return nngp, ntk, [value, (2 + whole) * value + of_slopes]
 
-    def given(self, rows):
+    def given(self, rows, shifts=((0.0, 0.0, 0.0), (0.0, 0.0)), *, with_ntk=True):
+        (by, wider, closer), own_queries = shifts
         tau2 = jnp.asarray(self.variance[:, None] / (1 - COMMON))
         keys = equicorrelated(1 - COMMON, COMMON, self.size)
         there, n_queries = jnp.ones((self.n, self.size)), len(OF_QUERIES)
-        side = attention_terms.Inputs(
-            jnp.broadcast_to(tau2, (self.n, n_queries)),
-            jnp.ones((self.n, n_queries)),
-            jnp.broadcast_to(keys, (self.n, *keys.shape)),
-            there,
-            rows.of(n_queries, self.size, dtype=float),
-        )
-        between = tau2[:, :, None] * OF_QUERIES
-        cross = attention_pair.Cross(
-            between,
-            jnp.asarray(self.correlation[:, None, None] * keys),
-            None,
-            QUERIES_NTK * between,
-            jnp.broadcast_to(equicorrelated(*NTK, self.size), side.keys.shape),
-        )
-        each = np.arange(self.n)
-        return side, attention_terms.Request(each, each, cross, (0, 0))
 
-    def estimates(self, method, rows=None):
+        def side(of_keys, of_queries):
+            return attention_terms.Inputs(
+                tau2 * jnp.exp(jnp.asarray(of_queries)),
+                jnp.ones((self.n, n_queries)),
+                jnp.broadcast_to(jnp.exp(of_keys) * keys, (self.n, *keys.shape)),
+                there,
+                rows.of(n_queries, self.size, dtype=float),
+            )
+
+        between = tau2[:, :, None] * OF_QUERIES * jnp.exp(closer)
+        cross = attention_inputs.Cross(
+            between,
+            (self.correlation + by)[:, None, None] * keys,
+        )
+        if with_ntk:
+            of_keys = jnp.broadcast_to(equicorrelated(*NTK, self.size), (self.n, *keys.shape))
+            cross = cross._replace(queries_ntk=QUERIES_NTK * between, keys_ntk=of_keys)
+        each = np.arange(self.n)
+        sides = [side(wider, own_queries), side(0.0, (0.0, 0.0))]
+        return sides, attention_terms.Request(each, each, cross, (0, 1))
+
+    def estimates(self, method, rows=None, **options):
         """`Kernels`; with `rows` every query has a sample of its own."""
         rows = rows or Rows()
         mechanism = attention_terms.mechanism(parse(None), method, rows, None)
-        side, request = self.given(rows)
-        return attention_terms.evaluate([side], [request], mechanism)[0]
+        sides, request = self.given(rows, **options)
+        return attention_terms.evaluate(sides, [request], mechanism)[0]
 
 
 def relative(got, want, scale):
@@ -140,6 +155,77 @@ def test_errors_are_as_promised_and_as_reported(size, rows):
         ratio = error[chosen] / got.error[chosen, column]
         assert np.mean(ratio > 2) < 0.1, ratio
         assert np.median(ratio) > 0.02, ratio
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "n_results"),
+    [
+        pytest.param(3, None, 1, marks=pytest.mark.quick),
+        (3, NO_BIAS, 2),
+        *(
+            pytest.param(size, rows, 2, marks=pytest.mark.slow)
+            for size in (2, 5, 16)
+            for rows in (None, NO_BIAS)
+        ),
+    ],
+)
+def test_derivatives_have_errors_as_promised_of_values(size, rows, n_results):
+    """Along covariances of keys and queries; also where queries that share a softmax part."""
+    of = Problems(size, (0.25, 1.0, 4.0, 20.0))
+    at = jnp.zeros(5)
+    directions = jnp.concatenate([jnp.eye(5), jnp.asarray([[0.3, 1.0, 0.5, 1.0, -0.5]])])
+
+    def slopes(of_shifts):
+        def along(direction):
+            def moved(x):
+                return of_shifts((tuple(x[:3]), tuple(x[3:])))[:n_results]
+
+            return jax.jvp(moved, (at,), (direction,))[1]
+
+        return np.asarray(jax.jit(jax.vmap(along))(directions))
+
+    def estimated(shifts):
+        kernels = of.estimates(QuasiMonteCarlo(), rows, shifts=shifts, with_ntk=n_results > 1)
+        return jnp.stack([x for x in kernels[:2] if x is not None])
+
+    got, want = slopes(estimated), slopes(of.exact)
+    *_, scales = of.expected()
+    # Errors are relative to what there is at correlation 1.
+    largest = np.max(np.abs(want), (3, 4)).reshape(*want.shape[:2], -1, len(CORRELATIONS))
+    unit = np.repeat(largest[..., 0], len(CORRELATIONS), -1)
+    unit = np.maximum(unit, np.stack(scales)[:n_results])
+    limits = np.array([errors.promised(errors.ATTENTION, v) for v in of.variance])
+    error = np.max(np.abs(got - want), (3, 4)) / unit
+    assert np.all(error < limits), np.max(error / limits, 2)
+    # A negative control: those of queries that are less alike.
+    at = at.at[2].set(-0.2)
+    other = np.max(np.abs(slopes(of.exact) - want), (3, 4)) / unit
+    assert np.all(np.max(other / limits, (1, 2)) > 2)
+
+
+@pytest.mark.quick
+def test_reverse_mode_is_the_transpose_of_forward_mode():
+    rng = np.random.default_rng(0)
+    root1, root2, bias = rng.standard_normal((3, 3, 3))
+    given = tuple(jnp.asarray(x) for x in (root1 @ root1.T, root1 @ root2.T, root2 @ root2.T, bias))
+
+    def kernel(cov11, cov12, cov22, bias):
+        options = {"bias": bias, "method": QuasiMonteCarlo(64)}
+        return taylor_softmax.attention_second_moment(cov11, cov12, cov22, **options).nngp
+
+    *tangents, cotangent = (jnp.asarray(x) for x in rng.standard_normal((5, 3, 3)))
+    _, forward = jax.jvp(kernel, given, tuple(tangents))
+    _, transpose = jax.vjp(kernel, *given)
+    backward = sum(jnp.sum(x * y) for x, y in zip(transpose(cotangent), tangents, strict=True))
+    np.testing.assert_allclose(backward, jnp.sum(cotangent * forward), rtol=1e-10)
+
+    def total(*given):
+        return jnp.sum(cotangent * kernel(*given))
+
+    # A derivative is an estimate of its own, which has no derivative.
+    for argument in (0, 1):
+        with pytest.raises(NotImplementedError, match="Second derivatives of estimates"):
+            jax.jacfwd(jax.grad(total, argument))(*given)
 
 
 class OfRankOne:
@@ -262,11 +348,11 @@ def test_tokens_of_rank_1_with_one_of_another_sign_have_another_kernel():
 @pytest.mark.quick
 def test_scales_are_those_of_the_kernel_at_correlation_1():
     of = Problems(5, (0.25, 4.0))
-    side, request = of.given(Rows())
+    (side, _), request = of.given(Rows())
     mechanism = attention_terms.mechanism(parse(None), QuasiMonteCarlo(), Rows(), None)
     budget = Budget.of(QuasiMonteCarlo(), default=attention_terms._SHARED)
     prepared = attention_terms._prepare_all(side, mechanism, queries.one_for_all, budget)
-    units = jax.vmap(functools.partial(attention_pair.units, mechanism=mechanism))
+    units = jax.vmap(functools.partial(attention_inputs.units, mechanism=mechanism))
     got = units(prepared, prepared, request.cross)
     *_, scales = of.expected()
     np.testing.assert_allclose(got, np.stack(scales, 1), rtol=0.02)

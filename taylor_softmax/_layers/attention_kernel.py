@@ -13,7 +13,8 @@ from taylor_softmax._layers.attention_network import Attention
 from taylor_softmax._layers.finite import FiniteClassKernel
 from taylor_softmax._layers.spatial import SpatialLayout
 from taylor_softmax._position_axis import attention_terms
-from taylor_softmax._position_axis.attention_pair import Cross, Kernels, Mechanism
+from taylor_softmax._position_axis.attention_inputs import Cross, Mechanism
+from taylor_softmax._position_axis.attention_pair import Kernels
 from taylor_softmax._position_axis.attention_terms import Inputs, Request
 
 Evaluate = Callable[[Sequence[Inputs], Sequence[Request], Mechanism], list[Kernels]]

@@ -12,7 +12,7 @@ from neural_tangents.stax import PositionalEmbedding
 
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.precision import matmul
-from taylor_softmax._position_axis.attention_pair import Mechanism
+from taylor_softmax._position_axis.attention_inputs import Mechanism
 from taylor_softmax._position_axis.attention_rows import Rows
 
 

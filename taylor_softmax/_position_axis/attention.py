@@ -42,7 +42,7 @@ from jaxtyping import Array, Float
 from taylor_softmax._numerics.arguments import Validated, as_real, check_entries
 from taylor_softmax._numerics.surrogate import parse
 from taylor_softmax._position_axis import attention_terms
-from taylor_softmax._position_axis.attention_pair import Cross
+from taylor_softmax._position_axis.attention_inputs import Cross
 from taylor_softmax._position_axis.attention_rows import Rows
 from taylor_softmax._position_axis.attention_terms import Inputs, Request
 from taylor_softmax._position_axis.rotary import check_base

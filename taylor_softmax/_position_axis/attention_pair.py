@@ -5,7 +5,6 @@ coefficients `trace` samples or `closed_queries` computes; what is made of them;
 the spread of scramblings, see `estimate`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,48 +18,21 @@ from jaxtyping import Array, Float
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.quadrature import unit_interval_rule
 from taylor_softmax._numerics.statistics import Running
-from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import closed_queries, estimate, rotary, trace
+from taylor_softmax._position_axis import (
+    attention_derivatives,
+    attention_inputs,
+    closed_queries,
+    derivatives,
+    estimate,
+    rotary,
+    trace,
+)
+from taylor_softmax._position_axis.attention_inputs import Cross, Mechanism, Prepared
 from taylor_softmax._position_axis.estimate import Budget
-from taylor_softmax._position_axis.moments import project
-from taylor_softmax.methods import Method
 
 # Nodes at which slopes are integrated, exactly where they are polynomials; at variance 100 they
 # leave 1e-3.
 _NODES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Mechanism:
-    """How queries attend.
-
-    Attributes:
-      surrogate: what the softmax normalises.
-      method: how the kernel is evaluated.
-      rotary: base of the frequencies of rotary embeddings; None without.
-    """
-
-    surrogate: Surrogate
-    method: Method
-    rotary: float | None = None
-
-
-class Cross(NamedTuple):
-    """Covariances between the inputs of each pair, and their NTKs.
-
-    Attributes:
-      queries, keys: `Q`, `(pairs, A1, A2)`, and `K`, `(pairs, T1, T2)`.
-      values: `V`, or None where it is `K`.
-      queries_ntk, keys_ntk: the NTKs, or None where they are not wanted.
-      values_ntk: or None where it is `keys_ntk`.
-    """
-
-    queries: Array
-    keys: Array
-    values: Array | None = None
-    queries_ntk: Array | None = None
-    keys_ntk: Array | None = None
-    values_ntk: Array | None = None
 
 
 class Kernels(NamedTuple):
@@ -77,53 +49,6 @@ class Kernels(NamedTuple):
     error: Float[Array, "*pairs k"]
 
 
-class Scales(NamedTuple):
-    """Of one input with itself, for `units`; numbers.
-
-    Attributes:
-      value: the largest `E[y_a^T K y_a]`.
-      slope: the largest `tau_a^2 E[tr(K^T J_a K J_a^T)]`.
-      size: Frobenius's norm of `K`.
-      centred: that of what softmax sees of `K`.
-      queries: the largest `tau_a^2`.
-      variance: the largest of the logits.
-    """
-
-    value: Float[Array, "*n"]
-    slope: Float[Array, "*n"]
-    size: Float[Array, "*n"]
-    centred: Float[Array, "*n"]
-    queries: Float[Array, "*n"]
-    variance: Float[Array, "*n"]
-
-
-class Prepared(NamedTuple):
-    """What pairs need of an input; `C` is 1 where all queries are alike.
-
-    Attributes:
-      tau: of each query.
-      weights: of the classes for each query; None where queries are classes.
-      spread: mean variance of the keys, times which `tau^2` is that of the logits; 0 of Taylor
-        softmax, whose derivatives stay flat.
-      present: 1 where there is a key.
-      means: `E[y]` of each query, of each group of `logits`; without groups in the closed form.
-      logits: in `C` classes.
-      scales: None in the closed form, which has no error.
-    """
-
-    tau: Float[Array, "*n A"]
-    weights: Float[Array, "*n A C"] | None
-    spread: Float[Array, "*n"]
-    present: Float[Array, "*n T"]
-    means: Float[Array, "*n A T"]
-    logits: "trace.QueryLogits | closed_queries.ClosedLogits"
-    scales: Scales | None
-
-
-def n_classes(one: Prepared, two: Prepared) -> int:
-    return max(x.logits.scales.shape[-1] for x in (one, two))
-
-
 def kernels(
     mechanism: Mechanism,
     budget: Budget | None,
@@ -134,14 +59,17 @@ def kernels(
 ) -> Kernels:
     """Of one pair; without a `budget` by the closed form."""
     if budget is None:
-        values, keys, forms = _matrices(cross, mechanism)
-        inner, outer = ([_centred(x, one, two, mechanism) for x in of] for of in (keys, values))
+        values, keys, forms = attention_inputs.matrices(cross, mechanism)
+        inner, outer = (
+            [attention_inputs.centred(x, one, two, mechanism) for x in of] for of in (keys, values)
+        )
         left, right = one.logits, two.logits
         assert isinstance(left, closed_queries.ClosedLogits)
         assert isinstance(right, closed_queries.ClosedLogits)
         of_classes = closed_queries.coefficients(left, right, inner[0], outer, inner, forms)
         coefficients = _of_queries(one, two, of_classes)
-        results = _assembled(coefficients, one, two, cross, (one.means, two.means))
+        means = one.means, two.means
+        results = _assembled(coefficients, one, two, cross, means, sampled=False)
         error = jnp.zeros(len(results), results.dtype)
     else:
         results, error, _ = sampled(mechanism, budget, one, two, cross, points)
@@ -159,7 +87,7 @@ def sampled(
 ) -> tuple[Float[Array, "results A1 A2"], Float[Array, " results"], Float[Array, ""]]:
     """NNGP and NTK of one pair, their errors, and how many scramblings."""
     once = _estimator(mechanism, budget, one, two, cross)
-    of_units = units(one, two, cross, mechanism)
+    of_units = attention_inputs.units(one, two, cross, mechanism)
     k = len(of_units)
 
     def error(state: Running) -> Array:
@@ -187,17 +115,29 @@ def sampled(
 def _sampled_jvp(
     mechanism: Mechanism, budget: Budget, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """That of the mean over the scramblings that the value took."""
+    """From the scramblings that the value took.
+
+    The estimate is differentiated in what it has as an explicit factor, in correlations of queries
+    and in biases; in covariances of logits by Price's theorem, see `attention_derivatives`.
+    """
     results = sampled(mechanism, budget, *primals)
-    *given, points = primals
     n = lax.stop_gradient(results[2])
+    only = derivatives.first_order_only
+    *given, points = primals
+    one, two = (
+        jax.tree.map(lambda x, of=of: only(x, of.tau, of.covariance), of) for of in given[:2]
+    )
+    cross = jax.tree.map(only, given[2])
+    scramblings = _with_groups(points, one)
 
     def mean(one: Prepared, two: Prepared, cross: Cross) -> Array:
         once = _estimator(mechanism, budget, one, two, cross)
-        return estimate.mean_of_first(once, _with_groups(points, one), n)
+        return estimate.mean_of_first(once, scramblings, n)
 
-    _, slopes = jax.jvp(mean, tuple(given), tuple(tangents[:-1]))
-    return results, (slopes[: len(results[0])], *(jnp.zeros_like(x) for x in results[1:]))
+    _, explicit = jax.jvp(mean, (one, two, cross), tuple(tangents[:-1]))
+    once = _by_price(mechanism, one, two, cross, *tangents[:3])
+    slopes = explicit[: len(results[0])] + estimate.mean_of_first(once, scramblings, n)
+    return results, (slopes, *(jnp.zeros_like(x) for x in results[1:]))
 
 
 def _with_groups(points: Array, one: Prepared) -> trace.Scrambling:
@@ -209,40 +149,149 @@ def _estimator(
     mechanism: Mechanism, budget: Budget, one: Prepared, two: Prepared, cross: Cross
 ) -> Callable[[trace.Scrambling], Float[Array, "results A1 A2"]]:
     """From one scrambling to NNGP and NTK, and both again of polynomials through a node less."""
-    values, matrices, forms = _matrices(cross, mechanism)
-    outer = [_centred(x, one, two, mechanism) for x in values]
+    values, matrices, forms = attention_inputs.matrices(cross, mechanism)
+    outer = [attention_inputs.centred(x, one, two, mechanism) for x in values]
     nodes = trace.NODES if budget.error is None else trace.NODES_OF_ERROR
-    polynomials = [nodes, nodes[:-1]]
-    alike = n_classes(one, two) == 1
+
+    def sample(
+        left: trace.QueryLogits,
+        right: trace.QueryLogits,
+        keys: trace.Keys,
+        scrambling: trace.Scrambling,
+        aligned: bool,
+    ) -> list[Array]:
+        options = {"surrogate": mechanism.surrogate, "nodes": nodes, "aligned": aligned}
+        samples = trace.samples(left, right, keys, outer, forms, scrambling, **options)
+        steepness = _steepness(left.scales, right.scales, one, two, aligned=aligned)
+        return [trace.coefficients(samples, steepness, of) for of in (nodes, nodes[:-1])]
+
+    coefficients = _of_all_queries(sample, mechanism, one, two, cross, matrices)
+
+    def once(scrambling: trace.Scrambling) -> Array:
+        means = one.means[scrambling.group], two.means[scrambling.group]
+        of_nodes = coefficients(scrambling)
+        return jnp.concatenate(
+            [_assembled(x, one, two, cross, means, sampled=True) for x in of_nodes]
+        )
+
+    return once
+
+
+def _by_price(
+    mechanism: Mechanism,
+    one: Prepared,
+    two: Prepared,
+    cross: Cross,
+    d_one: Prepared,
+    d_two: Prepared,
+    d_cross: Cross,
+) -> Callable[[trace.Scrambling], Float[Array, "results A1 A2"]]:
+    """From one scrambling to the derivatives of NNGP and NTK in covariances of logits."""
+    values, matrices, forms = attention_inputs.matrices(cross, mechanism)
+    outer = [attention_inputs.centred(x, one, two, mechanism) for x in values]
+    # That of values that come from elsewhere is not needed.
+    forms = forms[:2] if len(values) > 1 else []
+    along_keys = [(i, len(matrices)) for i in range(len(values))]
+    changes = d_one.covariance, d_two.covariance
+
+    def sample(
+        left: trace.QueryLogits,
+        right: trace.QueryLogits,
+        keys: trace.Keys,
+        scrambling: trace.Scrambling,
+        aligned: bool,
+    ) -> list[Array]:
+        options = {"surrogate": mechanism.surrogate, "nodes": trace.NODES, "aligned": aligned}
+        given = left, right, keys
+        crossing = trace.samples(*given, outer, along_keys, scrambling, **options)
+        of_products, of_traces = attention_derivatives.samples(
+            *given, (values, outer), forms, scrambling, changes, **options
+        )
+        steepness = _steepness(left.scales, right.scales, one, two, aligned=aligned)
+        of = functools.partial(trace.coefficients, steepness=steepness, nodes=trace.NODES)
+        # `G` grows like `h`, and its derivatives like `h^3`.
+        of_slopes = [of(x, degree=3) for x in of_traces]
+        return [of(crossing), *(of(x) for x in of_products), *of_slopes]
+
+    matrices = [*matrices, d_cross.keys]
+    coefficients = _of_all_queries(sample, mechanism, one, two, cross, matrices)
+    steepness = _steepness(one.tau, two.tau, one, two)
+    correlation, d_correlation = jax.jvp(_correlation, (one, two, cross), (d_one, d_two, d_cross))
+    along_scales = (d_one.tau / one.tau)[:, None], d_two.tau / two.tau
+
+    def once(scrambling: trace.Scrambling) -> Array:
+        def at(coefficients: Array, r: Array, degree: int = 1) -> Array:
+            each = [_polynomial(x, steepness, r, degree=degree) for x in coefficients]
+            return jnp.stack(each)
+
+        def total(of_keys: Array, *of_scales: Array) -> Array:
+            parts = (x * y for x, y in zip(along_scales, of_scales, strict=True))
+            return of_keys + functools.reduce(jnp.add, parts)
+
+        crossing, *of_changes = coefficients(scrambling)
+        # `Q G(V; dK12)`, in the place of the integral, of which the estimate has it as a factor.
+        integral = _integrated(functools.partial(at, crossing), correlation)
+        of_values = total(*(at(x, correlation) for x in of_changes[:3]))
+        of_values = of_values + cross.queries * (at(crossing, correlation) - integral)
+        if not forms:
+            return of_values
+        *of_slopes, along_r = of_changes[3:]
+        of_forms = total(*(at(x, correlation, 3) for x in of_slopes))
+        # It is that along the logarithm of `r`, of powers from the first on.
+        of_forms = of_forms + d_correlation * at(along_r[:, 1:], correlation, 3)
+        assert cross.queries_ntk is not None
+        ntk = 2 * of_values[0] + of_values[1]
+        ntk = ntk + (2 * cross.queries + cross.queries_ntk) * of_forms[0]
+        return jnp.stack([of_values[0], ntk + cross.queries * of_forms[1]])
+
+    return once
+
+
+def _of_all_queries(
+    sample: Callable[..., list[Array]],
+    mechanism: Mechanism,
+    one: Prepared,
+    two: Prepared,
+    cross: Cross,
+    matrices: list[Array],
+) -> Callable[[trace.Scrambling], list[Float[Array, "forms powers A1 A2"]]]:
+    """From one scrambling to coefficients of all pairs of queries.
+
+    Args:
+      sample: gives those of classes, or of queries at the same place, from the logits of both
+        inputs, keys, a scrambling, and whether they are at the same place.
+      matrices: of `Keys`, before rotation.
+    """
+    alike = attention_inputs.n_classes(one, two) == 1
     first, second = one.logits, two.logits
     assert isinstance(first, trace.QueryLogits)
     assert isinstance(second, trace.QueryLogits)
 
     def of(matrices: list[Array]) -> trace.Keys:
-        inner = [_centred(x, one, two, mechanism) for x in matrices]
+        inner = [attention_inputs.centred(x, one, two, mechanism) for x in matrices]
         return trace.correlated(first, second, inner)
 
-    def sample(
-        left: trace.QueryLogits, keys: trace.Keys, scrambling: trace.Scrambling, aligned: bool
-    ) -> list[Array]:
-        """Coefficients, for each of the `polynomials`."""
-        options = {"surrogate": mechanism.surrogate, "nodes": polynomials[0], "aligned": aligned}
-        samples = trace.samples(left, second, keys, outer, forms, scrambling, **options)
-        steepness = _steepness(left.scales, second.scales, one, two, aligned=aligned)
-        of_classes = (trace.coefficients(samples, steepness, nodes) for nodes in polynomials)
-        return [_of_queries(one, two, each) for each in of_classes]
+    def of_queries(*given: Any) -> list[Array]:
+        return [_of_queries(one, two, x) for x in sample(*given)]
 
-    def unrotated(scrambling: trace.Scrambling) -> list[Array]:
-        return sample(first, keys, scrambling, alike)
+    if mechanism.rotary is None:
+        keys = of(matrices)
+        return lambda scrambling: of_queries(first, second, keys, scrambling, alike)
+
+    # Every distance has keys of its own, and serves the queries that far apart.
+    apart = _differences(*cross.queries.shape)
+    distances, each = jnp.asarray(apart), np.arange(np.min(apart), np.max(apart) + 1)
+    apart = np.abs(_differences(*cross.keys.shape) - each[:, None, None])
+    rho = rotary.correlations(mechanism.rotary, int(np.max(apart)) + 1, cross.keys.dtype)[apart]
+    keys = lax.map(lambda rho: of([rho * x for x in matrices]), rho)
+    each = jnp.asarray(each)
 
     def rotated(scrambling: trace.Scrambling) -> list[Array]:
-        """Every distance has keys of its own, and serves the queries that far apart."""
-
         def at(distance: Array, keys: trace.Keys) -> list[Array]:
             if one.weights is not None or alike:
-                return sample(first, keys, scrambling, alike)
+                return of_queries(first, second, keys, scrambling, alike)
             index = jnp.clip(jnp.arange(distances.shape[1]) + distance, 0, len(distances) - 1)
-            return sample(first.take(index), keys, scrambling, True)
+            return of_queries(first.take(index), second, keys, scrambling, True)
 
         def add(total: list[Array], of: tuple[Array, trace.Keys]) -> tuple[list[Array], None]:
             chosen = distances == of[0]
@@ -252,79 +301,7 @@ def _estimator(
         start = [jnp.zeros((*x.shape[:2], *distances.shape), x.dtype) for x in like]
         return lax.scan(jax.checkpoint(add), start, (each, keys))[0]
 
-    if mechanism.rotary is None:
-        keys, coefficients = of(matrices), unrotated
-    else:
-        apart = _differences(*cross.queries.shape)
-        distances, each = jnp.asarray(apart), np.arange(np.min(apart), np.max(apart) + 1)
-        apart = np.abs(_differences(*cross.keys.shape) - each[:, None, None])
-        rho = rotary.correlations(mechanism.rotary, int(np.max(apart)) + 1, cross.keys.dtype)[apart]
-        keys = lax.map(lambda rho: of([rho * x for x in matrices]), rho)
-        coefficients, each = rotated, jnp.asarray(each)
-
-    def once(scrambling: trace.Scrambling) -> Array:
-        means = one.means[scrambling.group], two.means[scrambling.group]
-        of_nodes = coefficients(scrambling)
-        return jnp.concatenate([_assembled(x, one, two, cross, means) for x in of_nodes])
-
-    return once
-
-
-def units(one: Prepared, two: Prepared, cross: Cross, mechanism: Mechanism) -> Float[Array, " k"]:
-    """What errors of NNGP and, unless they are not wanted, NTK are relative to.
-
-    Both at correlation 1, as geometric means of the largest ones of the inputs with themselves,
-    with NTKs, and values that are not keys, of the shape of `K` and the size that they have.
-    """
-    scales = [x.scales for x in (one, two) if x.scales is not None]
-    of = Scales(*(jnp.sqrt(x) * jnp.sqrt(y) for x, y in zip(*scales, strict=True)))
-
-    def size(matrix: Array, own: Array) -> Array:
-        """Relative to that of the keys."""
-        norm = jnp.sqrt(jnp.sum(matrix**2))
-        return norm / jnp.maximum(own, float(jnp.finfo(own.dtype).tiny))
-
-    present = one.present[:, None] * two.present
-
-    def whole(matrix: Array) -> Array:
-        return size(matrix * present, of.size)
-
-    def centred(matrix: Array) -> Array:
-        return size(_centred(matrix, one, two, mechanism), of.centred)
-
-    values = (jnp.ones_like(of.size),) * 2
-    if cross.values is not None:
-        values = whole(cross.values), centred(cross.values)
-    nngp = values[0] * of.value
-    if cross.keys_ntk is None:
-        return nngp[None]
-    assert cross.queries_ntk is not None
-    values_ntk = cross.keys_ntk if cross.values_ntk is None else cross.values_ntk
-    largest = jnp.max(jnp.abs(cross.queries_ntk)) / of.queries
-    slopes = values[1] * (2 + largest + centred(cross.keys_ntk)) * of.slope
-    return jnp.stack([nngp, 2 * nngp + whole(values_ntk) * of.value + slopes])
-
-
-def _matrices(
-    cross: Cross, mechanism: Mechanism
-) -> tuple[list[Array], list[Array], list[tuple[int, int]]]:
-    """The `V` and the `C` of `G(V; K)`, `G(V; K_ntk)` and `G(V_ntk; K)`, and which go together.
-
-    The last one is left out where it is the one before.
-    """
-    values, keys = [cross.keys if cross.values is None else cross.values], [cross.keys]
-    if cross.keys_ntk is None:
-        return values, keys, [(0, 0)]
-    values.append(cross.keys_ntk if cross.values_ntk is None else cross.values_ntk)
-    keys.append(cross.keys_ntk)
-    # The Jacobian of softmax is symmetric, and so is `G` in its two matrices.
-    shared = cross.values is None and cross.values_ntk is None
-    shared = shared and mechanism.rotary is None and mechanism.surrogate.is_shift_invariant
-    return values, keys, [(0, 0), (0, 1)] + [(1, 0)] * (not shared)
-
-
-def _centred(matrix: Array, one: Prepared, two: Prepared, mechanism: Mechanism) -> Array:
-    return project(matrix, one.present, two.present, mechanism.surrogate)
+    return rotated
 
 
 def _differences(rows: int, columns: int) -> np.ndarray:
@@ -354,22 +331,27 @@ def _assembled(
     two: Prepared,
     cross: Cross,
     means: tuple[Array, Array],
+    *,
+    sampled: bool,
 ) -> Float[Array, "results A1 A2"]:
-    """NNGP and NTK from the coefficients of powers of the correlation in the forms."""
-    correlation = jnp.clip(cross.queries / (one.tau[:, None] * two.tau), -1, 1)
-    steepness = _steepness(one.tau, two.tau, one, two)
+    """NNGP and NTK from the coefficients of powers of the correlation in the forms.
+
+    Args:
+      sampled: leave to `_by_price` what follows from logits of another covariance.
+    """
+    correlation, steepness = _correlation(one, two, cross), _steepness(one.tau, two.tau, one, two)
+    scales = one.tau[:, None] * two.tau
+    if sampled:
+        scales = lax.stop_gradient(scales)
 
     def slope(form: int, r: Array) -> Array:
         """`G` at correlations `r`."""
-        polynomial = functools.reduce(lambda total, c: total * r + c, coefficients[form][::-1])
-        return trace.growth(steepness, r) * polynomial
+        return _polynomial(coefficients[form], steepness, r)
 
     def value(form: int, of: Array) -> Array:
         """`F`, integrated from correlation 0 on."""
-        rule = (x.tolist() for x in unit_interval_rule(_NODES))
-        parts = (w * slope(form, t * correlation) for t, w in zip(*rule, strict=True))
-        integral = cross.queries * functools.reduce(jnp.add, parts)
-        return matmul(matmul(means[0], of), means[1].T) + integral
+        mean = _integrated(functools.partial(slope, form), correlation)
+        return matmul(matmul(means[0], of), means[1].T) + scales * correlation * mean
 
     nngp = value(0, cross.keys if cross.values is None else cross.values)
     if cross.keys_ntk is None:
@@ -379,5 +361,27 @@ def _assembled(
     assert cross.queries_ntk is not None
     values_ntk = cross.keys_ntk if cross.values_ntk is None else cross.values_ntk
     ntk = 2 * nngp + value(len(coefficients) - 1, values_ntk)
-    ntk = ntk + (2 * cross.queries + cross.queries_ntk) * slope(0, correlation)
-    return jnp.stack([nngp, ntk + cross.queries * slope(1, correlation)])
+    still = lax.stop_gradient(correlation) if sampled else correlation
+    ntk = ntk + (2 * cross.queries + cross.queries_ntk) * slope(0, still)
+    return jnp.stack([nngp, ntk + cross.queries * slope(1, still)])
+
+
+def _correlation(one: Prepared, two: Prepared, cross: Cross) -> Float[Array, "A1 A2"]:
+    """Of all pairs of queries."""
+    correlation = cross.queries / (one.tau[:, None] * two.tau)
+    # Slopes are those without the clip, which halves them at 1.
+    return correlation + lax.stop_gradient(jnp.clip(correlation, -1, 1) - correlation)
+
+
+def _integrated(of: Callable[[Array], Array], r: Array) -> Array:
+    """`int_0^1 of(t r) dt`."""
+    rule = (x.tolist() for x in unit_interval_rule(_NODES))
+    return functools.reduce(jnp.add, (w * of(t * r) for t, w in zip(*rule, strict=True)))
+
+
+def _polynomial(
+    coefficients: Float[Array, "powers A1 A2"], steepness: Array, r: Array, *, degree: int = 1
+) -> Array:
+    """At correlations `r`, times `h^degree`."""
+    polynomial = functools.reduce(lambda total, c: total * r + c, coefficients[::-1])
+    return trace.growth(steepness, r) ** degree * polynomial

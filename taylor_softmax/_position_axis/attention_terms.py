@@ -17,6 +17,7 @@ from jax import Array, lax
 from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis import (
+    attention_inputs,
     attention_pair,
     closed_queries,
     estimate,
@@ -25,7 +26,8 @@ from taylor_softmax._position_axis import (
     sampling,
     trace,
 )
-from taylor_softmax._position_axis.attention_pair import Cross, Kernels, Mechanism, Prepared
+from taylor_softmax._position_axis.attention_inputs import Cross, Mechanism, Prepared
+from taylor_softmax._position_axis.attention_pair import Kernels
 from taylor_softmax._position_axis.attention_rows import Rows
 from taylor_softmax._position_axis.estimate import Budget, Default
 from taylor_softmax._position_axis.moments import project
@@ -219,11 +221,14 @@ def _prepare(
     if points is None:
         logits, means = closed_queries.closed_logits(keys, classes)
     else:
-        logits = trace.query_logits(keys, noise, classes.scales, classes.bias, surrogate, points)
+        # What follows from covariances is differentiated by Price's theorem, of each pair.
+        frozen = lax.stop_gradient((keys, noise, classes.scales))
+        logits = trace.query_logits(*frozen, classes.bias, surrogate, points)
+        classes = classes._replace(weights=lax.stop_gradient(classes.weights))
         means = logits.mean
         value, slope = trace.own_scales(logits, own, seen, keys, surrogate, points[0])
         largest = jnp.max(classes.scales) ** 2
-        scales = attention_pair.Scales(
+        scales = attention_inputs.Scales(
             value=jnp.max(value),
             slope=jnp.max(slope),
             size=jnp.sqrt(jnp.sum(own**2)),
@@ -236,7 +241,7 @@ def _prepare(
         means = matmul(classes.weights, means)
     tau = queries.safe_sqrt(one.variances)
     spread = variance if surrogate.is_shift_invariant else jnp.zeros_like(variance)
-    return Prepared(tau, classes.weights, spread, present, means, logits, scales)
+    return Prepared(tau, keys, classes.weights, spread, present, means, logits, scales)
 
 
 def _map_pairs(
@@ -260,7 +265,7 @@ def _map_pairs(
     # Processors take one pair after the other: what a pair needs fits their caches.
     step = None
     if jax.default_backend() != "cpu":
-        size, n_classes = one.present.shape[1], attention_pair.n_classes(one, two)
+        size, n_classes = one.present.shape[1], attention_inputs.n_classes(one, two)
         n_points = size if budget is None else budget.n_points
         step = max(1, _CHUNK // (n_points * 4 * n_classes * max(n_classes, size)))
     pairs = jnp.asarray(request.first), jnp.asarray(request.second), cross

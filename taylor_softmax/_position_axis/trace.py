@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import sampling
+from taylor_softmax._position_axis import pairing, sampling
 from taylor_softmax._position_axis.estimate import Budget
 
 # Points, beside their negatives, of an input's means, whose errors enter at first order; as many
@@ -102,11 +102,12 @@ def query_logits(
     root = sampling.psd_root(covariance, noise)
 
     def block(z: Array) -> tuple[Array, Array]:
-        y, q = _outputs(matmul(z.T, root.root.T), scales, bias, surrogate, "sanp")
-        return jnp.sum(y, (0, 2)), _sum_of_jacobians(y, q, "sanp")
+        logits = matmul(z.T, root.root.T)
+        at = pairing.outputs_of_queries(logits, scales, bias, surrogate, "sanp")
+        return jnp.sum(at.value, (0, 2)), pairing.sum_of_jacobians(at, "sanp")
 
     def group(z: Array) -> tuple[Array, Array]:
-        total = _sum_over_blocks(block, z, 2 * bias.size)
+        total = sum_over_blocks(block, z, 2 * bias.size)
         return jax.tree.map(lambda x: x / (2 * z.shape[1]), total)
 
     mean, slope = lax.map(group, points)
@@ -123,11 +124,11 @@ def own_scales(
       outer, inner: `V` and `C` in the trace.
       points: of one group.
     """
-    pairing = _Aligned([outer], [inner], [(0, 0)])
+    pair = pairing.paired([outer], [inner], [(0, 0)], aligned=True)
     z = matmul(of.root.root, points[:, :_SCALE_POINTS])
-    y, q = pairing.outputs(z, of, surrogate)
-    value = jnp.mean(jnp.sum(y * pairing.times(values, y), 0), (0, 2))
-    even, odd = pairing.traces(y, q, y, q)
+    at = pair.outputs(z, of.scales, of.bias, surrogate)
+    value = jnp.mean(jnp.sum(at.value * pair.times(values, at.value), 0), (0, 2))
+    even, odd = pair.traces(at, at)
     return value, of.scales**2 * (even + odd)[0] / z.shape[1]
 
 
@@ -146,7 +147,7 @@ class Keys(NamedTuple):
 
 def correlated(one: QueryLogits, two: QueryLogits, matrices: list[Array]) -> Keys:
     """The keys of two inputs."""
-    slope, rest, _ = sampling.correlate(one.root, two.root, matrices[0])
+    slope, rest, _ = sampling.correlate(one.root, two.root, lax.stop_gradient(matrices[0]))
     return Keys(matrices, slope, rest)
 
 
@@ -194,26 +195,23 @@ def samples(
         rather than of all pairs.
       nodes: values of `r`.
     """
-    n_points, ends = scrambling.points.shape[1], np.cumsum(keys.slope.shape)
-    pairing = (_Aligned if aligned else _AllPairs)(values, keys.matrices, forms)
+    n_points = scrambling.points.shape[1]
+    pair = pairing.paired(values, keys.matrices, forms, aligned=aligned)
 
     def block(z: Array) -> tuple[Array, ...]:
-        first, second, third = jnp.split(z, ends)
-        u = matmul(one.root.root, first)
-        v = matmul(keys.slope.T, first) + matmul(keys.rest, second)
-        independent = matmul(two.root.root, third)
-        left = pairing.outputs(u, one, surrogate)
+        u, at_nodes = logits_at(one, two, keys, z, nodes)
+        left = pair.outputs(u, one.scales, one.bias, surrogate)
         traces, jacobians = [], []
         # Not a loop of the graph, in which a processor takes 3 to 6 times as long.
-        for r in nodes:
-            right = pairing.outputs(r * v + math.sqrt(1 - r * r) * independent, two, surrogate)
-            traces.append(pairing.traces(*left, *right))
-            jacobians.append(_sum_of_jacobians(*right, pairing.axes))
-        left_jacobian = _sum_of_jacobians(*left, pairing.axes)
+        for v in at_nodes:
+            right = pair.outputs(v, two.scales, two.bias, surrogate)
+            traces.append(pair.traces(left, right))
+            jacobians.append(pairing.sum_of_jacobians(right, pair.axes))
+        left_jacobian = pairing.sum_of_jacobians(left, pair.axes)
         return jnp.stack(traces), left_jacobian, jnp.stack(jacobians)
 
     largest = max(one.bias.size, two.bias.size)
-    traces, *jacobians = _sum_over_blocks(block, scrambling.points, 2 * largest)
+    traces, *jacobians = sum_over_blocks(block, scrambling.points, 2 * largest)
     left, right = (x / (2 * n_points) for x in jacobians)
     # `E[tr(V^T J_a C J'_b^T)]` without correlation, and what the samples miss of it.
     joined = "aij,aij->a" if aligned else "aij,bij->ab"
@@ -231,17 +229,28 @@ def samples(
     return jax.tree.map(lambda x: x[..., None, :] if aligned else x, result)
 
 
+def logits_at(
+    one: QueryLogits, two: QueryLogits, keys: Keys, z: Array, nodes: tuple[float, ...]
+) -> tuple[Float[Array, "T1 points"], list[Float[Array, "T2 points"]]]:
+    """`xi` at the points `z`, and `xi'` with `r K12` between them, for each `r` of `nodes`."""
+    first, second, third = jnp.split(z, np.cumsum(keys.slope.shape))
+    v = matmul(keys.slope.T, first) + matmul(keys.rest, second)
+    independent = matmul(two.root.root, third)
+    at_nodes = [r * v + math.sqrt(1 - r * r) * independent for r in nodes]
+    return matmul(one.root.root, first), at_nodes
+
+
 def coefficients(
-    of: Samples, steepness: Float[Array, "C D"], nodes: tuple[float, ...]
+    of: Samples, steepness: Float[Array, "C D"], nodes: tuple[float, ...], *, degree: int = 1
 ) -> Float[Array, "forms powers C D"]:
-    """Those of `r^0, r^1, ...` in `G / h`, for each form.
+    """Those of `r^0, r^1, ...` in `G / h^degree`, for each form.
 
     Args:
       steepness: `k`.
       nodes: the first of those of the samples, or all of them.
     """
     r = np.asarray(nodes)
-    flattened = jnp.stack([1 / growth(steepness, x) for x in nodes])[:, None]
+    flattened = jnp.stack([growth(steepness, x) ** -degree for x in nodes])[:, None]
     even = flattened * (of.slopes[: len(r), 0] + of.known) - of.known
     odd = flattened * of.slopes[: len(r), 1]
 
@@ -264,7 +273,7 @@ def growth(steepness: Array, r: Any) -> Array:
     return 1 / jnp.sqrt(1 - steepness * r**2)
 
 
-def _sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> Any:
+def sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> Any:
     """Sum of `of` over blocks of the points `z`, `(dimension, points)`.
 
     Args:
@@ -283,134 +292,3 @@ def _sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> An
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, blocks[0]))
     total, _ = lax.scan(jax.checkpoint(add), start, blocks)
     return total
-
-
-def _outputs(
-    z: Array, scales: Array, bias: Array, surrogate: Surrogate, axes: str
-) -> tuple[Array, Array]:
-    """`y` and `q` of all queries at points `z` and their negatives.
-
-    Args:
-      z: keys and points, in the order in which `axes` has them.
-      axes: of the results, a permutation of `s` signs, `a` queries, `n` points and `p` keys.
-    """
-
-    def placed(array: Array, given: str) -> Array:
-        order = [given.index(axis) for axis in axes if axis in given]
-        return jnp.expand_dims(
-            array.transpose(order), [i for i, axis in enumerate(axes) if axis not in given]
-        )
-
-    signed = placed(jnp.stack([z, -z]), "s" + "".join(x for x in axes if x in "np"))
-    allowed = bias > -jnp.inf
-    beta = placed(jnp.where(allowed, bias, 0), "ap")
-    present = placed(allowed.astype(z.dtype), "ap")
-    logits = placed(scales, "a") * signed + beta
-    value, slope, _ = surrogate.ratios(logits, present, axis=axes.index("p"))
-    return value, slope
-
-
-def _sum_of_jacobians(y: Array, q: Array, axes: str) -> Array:
-    """Over signs and points, `(queries, keys, keys)`."""
-    products = einsum(f"{axes},{axes.replace('p', 'r')}->apr", y, q)
-    diagonal = einsum(f"{axes}->ap", q)
-    return diagonal[:, :, None] * jnp.eye(diagonal.shape[1], dtype=y.dtype) - products
-
-
-class _Pairing:
-    """The traces of pairs of queries at a block of points."""
-
-    axes: str
-
-    def __init__(self, values: list[Array], keys: list[Array], forms: list[tuple[int, int]]):
-        self._values, self._keys, self._forms = values, keys, forms
-
-    def outputs(self, z: Array, of: QueryLogits, surrogate: Surrogate) -> tuple[Array, Array]:
-        """`y` and `q` at the points `z`, `(keys, points)`."""
-        z = z.T if self.axes.index("n") < self.axes.index("p") else z
-        return _outputs(z, of.scales, of.bias, surrogate, self.axes)
-
-    def traces(self, left_y: Array, left_q: Array, right_y: Array, right_q: Array) -> Array:
-        """Even and odd parts, `(2, forms, pairs)`."""
-        of_values = [self.times(value, right_y) for value in self._values]
-        of_keys = [self.times(key, right_q) for key in self._keys]
-        by_values = [self._at_each_point(left_y, x) for x in of_values]
-        by_keys = [self._at_each_point(left_q, x) for x in of_keys]
-        traces = []
-        for i, j in self._forms:
-            value, key = self._values[i], self._keys[j]
-            linear = self.times(value * key, right_q) - of_keys[j] * of_values[i]
-            quadratic = self.times(value.T, left_y) * self.times(key.T, left_q)
-            traces.append(
-                self._over_signs(by_values[i] * by_keys[j])
-                + self._over_points(left_q, linear)
-                - self._over_points(quadratic, right_q)
-            )
-        return jnp.stack(traces, 1)
-
-    def times(self, matrix: Array, outputs: Array) -> Array:
-        """`matrix` times the outputs at each point."""
-        raise NotImplementedError
-
-    def _at_each_point(self, left: Array, right: Array) -> Array:
-        """Sums over keys for all pairs of signs."""
-        raise NotImplementedError
-
-    def _over_signs(self, products: Array) -> Array:
-        """Even and odd part of the sum over points of what `_at_each_point` gives."""
-        raise NotImplementedError
-
-    def _over_points(self, left: Array, right: Array) -> Array:
-        """Even and odd part of the sum over points and keys."""
-        raise NotImplementedError
-
-    def _parts(self, outputs: Array) -> tuple[Array, Array]:
-        plus, minus = (jnp.take(outputs, i, self.axes.index("s")) for i in (0, 1))
-        return (plus + minus) / 2, (plus - minus) / 2
-
-
-class _AllPairs(_Pairing):
-    """Of all pairs of queries: products of matrices, for which keys are next to each other."""
-
-    axes = "nsap"
-
-    def times(self, matrix: Array, outputs: Array) -> Array:
-        return matmul(outputs, matrix.T)
-
-    def _at_each_point(self, left: Array, right: Array) -> Array:
-        n, signs, n_left, size = left.shape
-        n_right = right.shape[2]
-        rows = left.reshape(n, -1, size), right.reshape(n, -1, right.shape[3])
-        product = einsum("nip,njp->nij", *rows)
-        return product.reshape(n, signs, n_left, signs, n_right)
-
-    def _over_signs(self, products: Array) -> Array:
-        each = jnp.sum(products, 0) / 4
-        same, other = each[0, :, 0] + each[1, :, 1], each[0, :, 1] + each[1, :, 0]
-        return jnp.stack([same + other, same - other])
-
-    def _over_points(self, left: Array, right: Array) -> Array:
-        parts = zip(self._parts(left), self._parts(right), strict=True)
-        return jnp.stack([einsum("nap,nbp->ab", x, y) for x, y in parts])
-
-
-class _Aligned(_Pairing):
-    """Of each query with the one at the same place: sums over keys, points next to each other."""
-
-    axes = "psan"
-
-    def times(self, matrix: Array, outputs: Array) -> Array:
-        product = matmul(matrix, outputs.reshape(len(outputs), -1))
-        return product.reshape(-1, *outputs.shape[1:])
-
-    def _at_each_point(self, left: Array, right: Array) -> Array:
-        return jnp.sum(left[:, :, None] * right[:, None], 0)
-
-    def _over_signs(self, products: Array) -> Array:
-        each = jnp.sum(products, -1) / 4
-        same, other = each[0, 0] + each[1, 1], each[0, 1] + each[1, 0]
-        return jnp.stack([same + other, same - other])
-
-    def _over_points(self, left: Array, right: Array) -> Array:
-        parts = zip(self._parts(left), self._parts(right), strict=True)
-        return jnp.stack([jnp.sum(x * y, (0, 2)) for x, y in parts])
