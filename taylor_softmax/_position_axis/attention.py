@@ -97,10 +97,10 @@ def attention_second_moment(
     (Hron, Bahri, Sohl-Dickstein & Novak 2020, arXiv 2006.10540): those of the layers
     `taylor_softmax.stax.GlobalSelfAttention` and `GlobalCrossAttention` with weights of variance 1
     for values and outputs. Covariances may be singular, and positive semi-definite up to rounding.
-    Differentiable, in the closed form too. Where points are used, derivatives are those of the
-    estimate. In one of `cov11`, `cov12` and `cov22` alone they can be far from those of what is
-    estimated, where keys of the two inputs have correlations near 1: change all of them together,
-    as a hyperparameter of the layers before does, or use `order=2`.
+    Differentiable in all covariances and the bias: at `order=2` without a finite bias, which has a
+    closed form, to any order; first derivatives alone where points are used, which estimate the
+    derivatives by Price's theorem. Their errors are of the size of the kernel's. A derivative of
+    the NTK takes `S1 + S2` times as long as the NTK.
 
     Errors are relative to the largest entries of the inputs with themselves. Those promised are
     `ATTENTION`, with rotary embeddings `ATTENTION_ROTARY`, in `taylor_softmax._numerics.errors`, by
