@@ -6,6 +6,7 @@ computed of a pair.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
+from taylor_softmax._numerics.arguments import known, namespace
 from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis import (
@@ -120,12 +123,22 @@ def warn(results: Sequence[Kernels], of: Mechanism) -> None:
     estimate.warn(errors, of.method, "Attention", default=_SHARED)
 
 
-@functools.partial(jax.jit, static_argnames="mechanism")
 def evaluate(
     sides: Sequence[Inputs], requests: Sequence[Request], mechanism: Mechanism
 ) -> list[Kernels]:
     """The kernels of each request."""
-    sides, requests = list(sides), list(requests)
+    # Of two ways to evaluate them one is compiled, where it is known which.
+    equal = _have_equal_scales(sides)
+    return _evaluate_all(
+        list(sides), list(requests), mechanism, None if isinstance(equal, Tracer) else bool(equal)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _evaluate_all(
+    sides: list[Inputs], requests: list[Request], mechanism: Mechanism, equal: bool | None
+) -> list[Kernels]:
+    """Args: `equal`: whether the queries of each input have equal scales, if it is known."""
     biases = [side.bias for side in sides]
     if biases[0] is not None:
 
@@ -134,22 +147,29 @@ def evaluate(
             return _evaluate(sides, requests, mechanism, each, _OF_EACH)
 
         return _mean_over_shares(of_share, biases)
-    equal = jnp.all(jnp.stack([_have_equal_scales(side) for side in sides]))
     many = max(side.variances.shape[1] for side in sides) > _MANY_SCALES
 
     def of(classify: queries.Classify, default: Default) -> Callable[[], list[Kernels]]:
         return lambda: _evaluate(sides, requests, mechanism, [classify] * len(sides), default)
 
+    alike = of(queries.one_for_all, _SHARED)
     unequal = of(queries.of_scales, _SHARED) if many else of(queries.of_each(None), _OF_EACH)
-    return lax.cond(equal, of(queries.one_for_all, _SHARED), unequal)
+    if equal is None:
+        return lax.cond(_have_equal_scales(sides), alike, unequal)
+    return alike() if equal else unequal()
 
 
-def _have_equal_scales(side: Inputs) -> Array:
+def _have_equal_scales(sides: Sequence[Inputs]) -> Any:
     """Whether all queries of each input do."""
-    asked = side.asked > 0
-    largest = jnp.max(jnp.where(asked, side.variances, 0), -1)
-    smallest = jnp.min(jnp.where(asked, side.variances, jnp.inf), -1)
-    return jnp.all(smallest >= (1 - _EQUAL) * largest)
+
+    def of_side(side: Inputs) -> Any:
+        variances, asked = known(side.variances), known(side.asked) > 0
+        of = namespace(variances, asked)
+        largest = of.max(of.where(asked, variances, 0), -1)
+        smallest = of.min(of.where(asked, variances, of.inf), -1)
+        return of.all(smallest >= (1 - _EQUAL) * largest)
+
+    return functools.reduce(operator.and_, (of_side(side) for side in sides))
 
 
 def _mean_over_shares(of: Callable[[Any], Any], biases: Any) -> Any:
