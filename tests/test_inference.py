@@ -528,7 +528,10 @@ def test_errors_name_the_argument(k, y, options, error, message):
         ((np.eye(2), np.ones((3, 2)), np.ones(3)), r"`k_inducing_train`.*\(2, N\).*\(3, 2\)"),
         ((np.eye(2), np.ones((2, 3)), np.eye(3)), r"`k_train_train`.*\(3,\).*\(3, 3\)"),
         ((np.eye(2), np.ones((2, 3)), -np.ones(3)), "`k_train_train` must be nonnegative"),
-        ((np.eye(2), 2 * np.ones((2, 3)), np.ones(3)), r"`k_inducing_train`.*one kernel.*\(0, 0\)"),
+        (
+            (np.eye(2), 2 * np.ones((2, 3)), np.ones(3)),
+            r"`k_inducing_train`.*kernels of one kind.*\(0, 0\)",
+        ),
         ((np.eye(2), np.ones((2, 3)) * np.nan, np.ones(3)), "`k_inducing_train` must be finite"),
     ],
 )
@@ -559,7 +562,7 @@ def test_errors_of_the_posterior():
     with pytest.raises(ValueError, match=r"`k_test_test` must be nonnegative"):
         posterior(np.zeros((2, 2)), -np.ones(2))
     # Of the NNGP and NTK, say.
-    with pytest.raises(ValueError, match=r"`k_test_train`.*one kernel.*2\.0 at \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"`k_test_train`.*kernels of one kind.*2\.0 at \(0, 1\)"):
         posterior(np.array([[0.0, 2.0]]), np.ones(1))
     both = posterior(np.zeros((1, 2)), np.ones((1, 1)), covariance=True)
     np.testing.assert_allclose(both.probabilities, [[0.5, 0.5]], atol=1e-8)
