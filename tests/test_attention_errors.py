@@ -203,7 +203,6 @@ def test_derivatives_have_errors_as_promised_of_values(size, rows, n_results):
     assert np.all(np.max(other / limits, (1, 2)) > 2)
 
 
-@pytest.mark.quick
 def test_reverse_mode_is_the_transpose_of_forward_mode():
     rng = np.random.default_rng(0)
     root1, root2, bias = rng.standard_normal((3, 3, 3))
