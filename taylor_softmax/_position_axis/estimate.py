@@ -36,9 +36,9 @@ _FEWEST = 4
 _LEVEL = 0.9545
 
 # By default all points of a scrambling are drawn from so many positions on, below as large a share
-# as there are positions, at least an eighth; and all scramblings from a variance of 1 on, below the
-# share of a power of it, at least three.
-_ALL_FROM, _LEAST_SHARE, _POWER, _LEAST = 16, 8, 0.75, 3
+# as there are positions, at least an eighth; and all scramblings from a variance of 1 on, below as
+# large a share as it is, at least three.
+_ALL_FROM, _LEAST_SHARE, _LEAST = 16, 8, 3
 
 
 class Default(NamedTuple):
@@ -55,7 +55,7 @@ class Default(NamedTuple):
     limits: tuple[float, float]
 
 
-POSITIONS = Default(8, 1 << 10, (2e-2, 6e-2))
+POSITIONS = Default(12, 1 << 10, (2e-2, 6e-2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Budget:
             total = default.n_scramblings * default.n_points
             total *= 1 if method.error is None else _MORE
         # A power of two is what balances them.
-        each = min(default.n_points, 1 << max(0, (total // default.n_scramblings).bit_length() - 1))
+        each = 1 << max(0, total // default.n_scramblings - 1).bit_length()
+        each = min(default.n_points, each)
         by_need = method.n_points is None and method.error is None
         if by_need and size < _ALL_FROM:
             share = 1 << (_ALL_FROM // size).bit_length() - 1
@@ -109,7 +110,7 @@ class Budget:
         at_once = min(self.n_points, 1 << max(7, 13 - (max(sizes) - 1).bit_length()))
         if jax.default_backend() != "cpu":
             at_once = self.n_points
-        dimension = sizes[0] + 2 * sizes[1]
+        dimension = sum(sizes)
         points = self.scramblings(dimension, dtype)
         blocks = points.reshape(self.n_scramblings, dimension, -1, at_once)
         return jnp.moveaxis(blocks, 2, 1)
@@ -122,7 +123,7 @@ class Budget:
         """
         if not self.by_need:
             return self.n_scramblings
-        share = jnp.minimum(1, variance) ** _POWER
+        share = jnp.minimum(1, variance)
         return jnp.clip(jnp.ceil(self.n_scramblings * share), _LEAST, self.n_scramblings)
 
 

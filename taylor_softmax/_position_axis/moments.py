@@ -64,8 +64,8 @@ def joint_second_moment(
 
     For `(u, v) ~ N(0, [[K11, K12], [K12^T, K22]])` and `y(z)_p = f(z_p) / sum_q f(z_q)` over `S`
     positions. At order 2 the integrand of the remaining double integral is elementary. For other
-    orders and softmax the derivative in `K12` is estimated with quasi-random points, the same at
-    every call, and integrated: see the module `taylor_softmax._position_axis.pair`.
+    orders and softmax what the terms of degree 0 to 2 in `K12` leave is estimated with quasi-random
+    points, the same at every call: see the module `taylor_softmax._position_axis.pair`.
     Covariances may be singular, and positive semi-definite up to rounding: the result is finite.
     Differentiable in all three; first derivatives alone where points are used, which estimate the
     derivatives themselves, by Price's theorem.
@@ -154,7 +154,7 @@ def prepare(
 
     def expand(args: tuple[Array, Array, Array, Array]) -> pair.Expansion:
         covariance, still, present, noise = args
-        root = sampling.psd_root(still, noise)
+        root = sampling.psd_root(still, noise, True)
         of = components(
             root.root, present, surrogate, points, with_curvature=with_curvature, error=error
         )
