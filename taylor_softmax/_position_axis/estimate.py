@@ -36,9 +36,9 @@ _FEWEST = 4
 _LEVEL = 0.9545
 
 # By default all points of a scrambling are drawn from so many positions on, below as large a share
-# as there are positions, at least an eighth; and all scramblings from a variance of 1 on, below as
+# as there are positions, at least a quarter; and all scramblings from a variance of 1 on, below as
 # large a share as it is, at least three.
-_ALL_FROM, _LEAST_SHARE, _LEAST = 16, 8, 3
+_ALL_FROM, _LEAST_SHARE, _LEAST = 16, 4, 3
 
 
 class Default(NamedTuple):
