@@ -34,6 +34,9 @@ from taylor_softmax._position_axis.estimate import Budget
 # leave 1e-3.
 _NODES = 8
 
+# Logits of both inputs, and how their keys go together.
+_Pair = tuple[trace.QueryLogits, trace.QueryLogits, trace.Keys]
+
 
 class Kernels(NamedTuple):
     """Of pairs of inputs.
@@ -154,15 +157,9 @@ def _estimator(
     nodes = trace.NODES if budget.error is None else trace.NODES_OF_ERROR
 
     def sample(
-        left: trace.QueryLogits,
-        right: trace.QueryLogits,
-        keys: trace.Keys,
-        scrambling: trace.Scrambling,
-        aligned: bool,
+        pair: _Pair, scrambling: trace.Scrambling, steepness: Array, **options: Any
     ) -> list[Array]:
-        options = {"surrogate": mechanism.surrogate, "nodes": nodes, "aligned": aligned}
-        samples = trace.samples(left, right, keys, outer, forms, scrambling, **options)
-        steepness = _steepness(left.scales, right.scales, one, two, aligned=aligned)
+        samples = trace.samples(*pair, outer, forms, scrambling, nodes=nodes, **options)
         return [trace.coefficients(samples, steepness, of) for of in (nodes, nodes[:-1])]
 
     coefficients = _of_all_queries(sample, mechanism, one, two, cross, matrices)
@@ -195,19 +192,13 @@ def _by_price(
     changes = d_one.covariance, d_two.covariance
 
     def sample(
-        left: trace.QueryLogits,
-        right: trace.QueryLogits,
-        keys: trace.Keys,
-        scrambling: trace.Scrambling,
-        aligned: bool,
+        pair: _Pair, scrambling: trace.Scrambling, steepness: Array, **options: Any
     ) -> list[Array]:
-        options = {"surrogate": mechanism.surrogate, "nodes": trace.NODES, "aligned": aligned}
-        given = left, right, keys
-        crossing = trace.samples(*given, outer, along_keys, scrambling, **options)
+        options["nodes"] = trace.NODES
+        crossing = trace.samples(*pair, outer, along_keys, scrambling, **options)
         of_products, of_traces = attention_derivatives.samples(
-            *given, (values, outer), forms, scrambling, changes, **options
+            *pair, (values, outer), forms, scrambling, changes, **options
         )
-        steepness = _steepness(left.scales, right.scales, one, two, aligned=aligned)
         of = functools.partial(trace.coefficients, steepness=steepness, nodes=trace.NODES)
         # `G` grows like `h`, and its derivatives like `h^3`.
         of_slopes = [of(x, degree=3) for x in of_traces]
@@ -258,8 +249,8 @@ def _of_all_queries(
     """From one scrambling to coefficients of all pairs of queries.
 
     Args:
-      sample: gives those of classes, or of queries at the same place, from the logits of both
-        inputs, keys, a scrambling, and whether they are at the same place.
+      sample: gives those of classes, or of queries at the same place, from a pair, a scrambling
+        and the steepness of `G`; its options are `aligned` and `surrogate` of `trace.samples`.
       matrices: of `Keys`, before rotation.
     """
     alike = attention_inputs.n_classes(one, two) == 1
@@ -271,12 +262,17 @@ def _of_all_queries(
         inner = [attention_inputs.centred(x, one, two, mechanism) for x in matrices]
         return trace.correlated(first, second, inner)
 
-    def of_queries(*given: Any) -> list[Array]:
-        return [_of_queries(one, two, x) for x in sample(*given)]
+    def of_queries(
+        left: trace.QueryLogits, keys: trace.Keys, scrambling: trace.Scrambling, aligned: bool
+    ) -> list[Array]:
+        steepness = _steepness(left.scales, second.scales, one, two, aligned=aligned)
+        options = {"aligned": aligned, "surrogate": mechanism.surrogate}
+        of_classes = sample((left, second, keys), scrambling, steepness, **options)
+        return [_of_queries(one, two, x) for x in of_classes]
 
     if mechanism.rotary is None:
         keys = of(matrices)
-        return lambda scrambling: of_queries(first, second, keys, scrambling, alike)
+        return lambda scrambling: of_queries(first, keys, scrambling, alike)
 
     # Every distance has keys of its own, and serves the queries that far apart.
     apart = _differences(*cross.queries.shape)
@@ -289,9 +285,9 @@ def _of_all_queries(
     def rotated(scrambling: trace.Scrambling) -> list[Array]:
         def at(distance: Array, keys: trace.Keys) -> list[Array]:
             if one.weights is not None or alike:
-                return of_queries(first, second, keys, scrambling, alike)
+                return of_queries(first, keys, scrambling, alike)
             index = jnp.clip(jnp.arange(distances.shape[1]) + distance, 0, len(distances) - 1)
-            return of_queries(first.take(index), second, keys, scrambling, True)
+            return of_queries(first.take(index), keys, scrambling, True)
 
         def add(total: list[Array], of: tuple[Array, trace.Keys]) -> tuple[list[Array], None]:
             chosen = distances == of[0]

@@ -127,18 +127,19 @@ def evaluate(
     sides: Sequence[Inputs], requests: Sequence[Request], mechanism: Mechanism
 ) -> list[Kernels]:
     """The kernels of each request."""
-    # Of two ways to evaluate them one is compiled, where it is known which.
-    equal = _have_equal_scales(sides)
-    return _evaluate_all(
-        list(sides), list(requests), mechanism, None if isinstance(equal, Tracer) else bool(equal)
-    )
+    equal = None
+    if sides[0].bias is None:
+        # Of two ways to evaluate them one is compiled, where it is known which.
+        known_scales = _have_equal_scales(sides)
+        equal = None if isinstance(known_scales, Tracer) else bool(known_scales)
+    return _evaluate_all(list(sides), list(requests), mechanism, equal)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _evaluate_all(
     sides: list[Inputs], requests: list[Request], mechanism: Mechanism, equal: bool | None
 ) -> list[Kernels]:
-    """Args: `equal`: whether the queries of each input have equal scales, if it is known."""
+    """Args: `equal`: whether queries have equal scales, if it is known and there is no bias."""
     biases = [side.bias for side in sides]
     if biases[0] is not None:
 

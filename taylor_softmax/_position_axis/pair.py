@@ -96,7 +96,7 @@ def sampled(
     known = of_one.mean[:, None] * of_two.mean + of_one.linear(cov12, of_two)
     if of_one.curvature is not None:
         known = known + of_one.quadratic_of_forms(cov12, of_two)
-    logits = sampling.correlate(one.root, two.root, cov12)[:2]
+    logits = sampling.correlate(one.root, two.root, cov12)
 
     def once(blocks: Array) -> Array:
         means = _sample(one, two, logits, theta, surrogate, blocks)
@@ -170,7 +170,7 @@ def _slopes(
 ) -> Float[Array, "results S T"]:
     """The derivative along `changes`, in which it is linear, from the first `n` scramblings."""
     of_one, of_two = one.components, two.components
-    logits = sampling.correlate(one.root, two.root, cov12)[:2]
+    logits = sampling.correlate(one.root, two.root, cov12)
     nothing = jnp.zeros_like(cov12)
 
     def block(z: Array) -> Array:

@@ -135,11 +135,10 @@ def _psd_root_jvp(
     return at, Root(change, inverse, *still)
 
 
-@jax.custom_jvp
 def correlate(
     one: Root, two: Root, cross: Float[Array, "S T"]
-) -> tuple[Float[Array, "S T"], Float[Array, "T T"], Float[Array, "T T"]]:
-    """`A` and `Q` of `v = A^T z1 + Q z2`, and the pseudo-inverse of `Q`.
+) -> tuple[Float[Array, "S T"], Float[Array, "T T"]]:
+    """`A` and `Q` of `v = A^T z1 + Q z2`, which are not to be differentiated.
 
     `A^T A + Q Q^T = L2 L2^T` and `L1 A = K12` up to what contradicts it.
     """
@@ -165,22 +164,7 @@ def correlate(
     kept = rest > 8 * max(cross.shape) * float(jnp.finfo(cross.dtype).eps)
     scale = jnp.sqrt(jnp.where(kept, rest, 1))
     back = jnp.where(two.symmetric > 0, axes, jnp.eye(len(axes), dtype=axes.dtype))
-    inverse = matmul(matmul(back, jnp.where(kept, axes / scale, 0).T), two.inverse)
-    return slope, matmul(two.root, matmul(jnp.where(kept, axes * scale, 0), back.T)), inverse
-
-
-@correlate.defjvp
-def _correlate_jvp(
-    primals: tuple[Root, Root, Array], tangents: tuple[Root, Root, Array]
-) -> tuple[Any, Any]:
-    (one, two, _), (d_one, d_two, d_cross) = primals, tangents
-    slope, rest, inverse = correlate(*primals)
-    d_slope = matmul(one.inverse, d_cross - matmul(d_one.root, slope))
-    # Of A^T A + Q Q^T = L2 L2^T, with dQ = d(Q Q^T) Q^-T / 2 as in `psd_root`.
-    half = matmul(d_two.root, two.root.T) - matmul(d_slope.T, slope)
-    d_rest = matmul(half + half.T, inverse.T) / 2
-    d_inverse = -matmul(matmul(inverse, d_rest), inverse)
-    return (slope, rest, inverse), (d_slope, d_rest, d_inverse)
+    return slope, matmul(two.root, matmul(jnp.where(kept, axes * scale, 0), back.T))
 
 
 def outputs(z: Float[Array, "S n"], present: Float[Array, " S"], surrogate: Surrogate) -> Outputs:

@@ -147,8 +147,8 @@ class Keys(NamedTuple):
 
 def correlated(one: QueryLogits, two: QueryLogits, matrices: list[Array]) -> Keys:
     """The keys of two inputs."""
-    slope, rest, _ = sampling.correlate(one.root, two.root, lax.stop_gradient(matrices[0]))
-    return Keys(matrices, slope, rest)
+    frozen = lax.stop_gradient((one.root, two.root, matrices[0]))
+    return Keys(matrices, *sampling.correlate(*frozen))
 
 
 class Scrambling(NamedTuple):
