@@ -132,10 +132,7 @@ def covariances(
         return [(zero, zero if slope else None) for zero, slope in zip(zeros, slopes, strict=True)]
 
     layouts = [_Layout(request, shape) for request, shape in zip(requests, shapes, strict=True)]
-    blocks = [
-        Pairs(a.astype(dtype), c.astype(dtype), b.astype(dtype))
-        for a, c, b in (layout.arrays for layout in layouts)
-    ]
+    blocks = [Pairs(*(array.astype(dtype) for array in layout.arrays)) for layout in layouts]
     if method is None:
         method = Interpolate() if n_classes <= LARGEST_N_CLASSES else Direct()
     is_near = _is_near(blocks, surrogate)

@@ -65,10 +65,7 @@ def evaluate(
         alone = functools.partial(with_partials, ())
         return _differentiable(lambda *pairs: alone(*pairs)[0], with_partials)(var1, cov12, var2)
 
-    value = quantity(is_slope=False)
-    if not slope:
-        return value, None
-    return value, quantity(is_slope=True)
+    return quantity(is_slope=False), quantity(is_slope=True) if slope else None
 
 
 def _differentiable(function: Any, with_partials: Any) -> Any:

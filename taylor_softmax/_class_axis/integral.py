@@ -28,13 +28,13 @@ line. At order 2 the integrand is elementary, and emitted by SymPy.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from taylor_softmax._generated.class_axis import class_axis_order_2
 from taylor_softmax._numerics.precision import matmul
@@ -99,16 +99,12 @@ def pair(
 
     def small(cov12: Array) -> tuple[Array, Array]:
         # Two Gauss-Legendre nodes on [0, c] do, since I is a polynomial of low degree in c there.
-        nodes = cov12 * _gauss_nodes_and_end(cov12.dtype)
+        unit = jnp.asarray([0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12), 1.0], cov12.dtype)
+        nodes = cov12 * unit
         slopes = lax.map(lambda node: both(node)[1], nodes)
         return cov12 * (slopes[0] + slopes[1]) / 2, slopes[2]
 
     return lax.cond(var2 < _SMALL_VARIANCE, small, both, cov12)
-
-
-def _gauss_nodes_and_end(dtype: DTypeLike) -> Array:
-    """The two Gauss-Legendre nodes on [0, 1], and 1."""
-    return jnp.asarray([0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12), 1.0], dtype)
 
 
 def _elementary(
@@ -190,12 +186,12 @@ def _product_rule(
     first = _factors(log_f, x[:, None])
     *second, slope2 = _conditional(z, var1, cov12, var2, y, surrogate)
     f_c = matmul(first[1] * (density * log_slope), slope2.T)
-    return _assemble(first, second, density, f_c, x_step * y_step, n_classes)
+    return _double_sums(*_expectations(first, second, density), f_c, x_step * y_step, n_classes)
 
 
 def _conditional(
     u: Array, var1: Array, cov12: Array, var2: Array, y: Array, surrogate: Surrogate
-) -> tuple[Array, Array, Array]:
+) -> list[Array]:
     """`1 - B`, `B'` and `-B_v`, `(y, u)`: expectations over `v` given `u`.
 
     Where the distribution of `v` is wide, over nodes in `v` that resolve `f`; where it is narrow
@@ -226,29 +222,19 @@ def _conditional(
     zero = jnp.zeros((y.size, u.size), u.dtype)
     rule = jnp.asarray(np.stack([node, weight / weight.sum()], 1), u.dtype)
     by_gauss, _ = lax.scan(narrow, [zero] * 3, rule)
-    shortfall, rate, slope = (
-        jnp.where(is_wide, nodes, gauss) for nodes, gauss in zip(by_nodes, by_gauss, strict=True)
-    )
-    return shortfall, rate, slope
+    return [jnp.where(is_wide, *both) for both in zip(by_nodes, by_gauss, strict=True)]
 
 
-def _assemble(
-    first: Sequence[Array],
-    second: Sequence[Array],
-    density: Array,
-    f_c: Array,
-    cell: Array,
-    n_classes: int,
-) -> tuple[Array, Array]:
-    """The double sums, from `(1 - A, A')`, `(x, X)`, and `(1 - B, B')`, `(y, X)`."""
-    shortfall1, slope1 = first[0] * density, first[1] * density
-    value1 = (1 - first[0]) * density
+def _expectations(
+    first: Sequence[Array], second: Sequence[Array], density: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    """`F`, `1 - F`, `F_x`, `F_y` and `F_xy`, from `(1 - A, A')` and, `(y, X)`, `(1 - B, B')`."""
+    value1, shortfall1, slope1 = (x * density for x in (1 - first[0], *first))
     shortfall2, slope2 = second[0].T, second[1].T
     value2 = 1 - shortfall2
     one_minus_f = jnp.sum(shortfall1, 1, keepdims=True) + matmul(value1, shortfall2)
-    f = matmul(value1, value2)
     f_x, f_y = matmul(slope1, value2), matmul(value1, slope2)
-    return _double_sums(f, one_minus_f, f_x, f_y, matmul(slope1, slope2), f_c, cell, n_classes)
+    return matmul(value1, value2), one_minus_f, f_x, f_y, matmul(slope1, slope2)
 
 
 def _double_sums(
@@ -302,24 +288,20 @@ def _graded_rule(var1: Array, cov12: Array, var2: Array, *, n_classes: int) -> t
     cell = sigma1 * (high - low) / (n_xi - 1) * d_weight
 
     shift = cov12 / sigma1
-    shortfall1, slope1 = _factors(-sigma1 * e, jnp.zeros_like(e))
-    shortfall2, slope2 = _smoothed_gumbel(d[:, None] + shift * e, tau_squared)
-    value1, value2 = density * (1 - shortfall1), 1 - shortfall2
-    shortfall1, slope1 = density * shortfall1, density * slope1
-    f, f_y = matmul(value1, value2.T), matmul(value1, slope2.T)
-    f_x, f_xy = matmul(slope1, value2.T), matmul(slope1, slope2.T)
-    shortfall1_total = jnp.sum(shortfall1, 1, keepdims=True)
-    one_minus_f = shortfall1_total + matmul(value1, shortfall2.T)
+    first = _factors(-sigma1 * e, jnp.zeros_like(e))
+    second = _smoothed_gumbel(d[:, None] + shift * e, tau_squared)
+    f, one_minus_f, f_x, f_y, f_xy = _expectations(first, second, density)
 
     # At c < 0 and d > 0, B is steep where no node is. But A = 1 there, up to what the nodes about
     # e = 0 resolve: with the marginal distribution of v, `E[A B] = E[B] - E[(1 - A) B]`.
     marginal, marginal_slope = _smoothed_gumbel(shift * xi[:, None] + d, var2)
-    by_marginal = shortfall1_total + marginal - matmul(shortfall1, shortfall2.T)
+    shortfall1, slope1, shortfall2 = first[0] * density, first[1] * density, second[0].T
+    by_marginal = jnp.sum(shortfall1, 1, keepdims=True) + marginal - matmul(shortfall1, shortfall2)
     unresolved = (cov12 < 0) & (d > 0)
     one_minus_f = jnp.where(unresolved, by_marginal, one_minus_f)
     f = jnp.where(unresolved, 1 - by_marginal, f)
-    f_y = jnp.where(unresolved, marginal_slope - matmul(shortfall1, slope2.T), f_y)
-    f_x_by_marginal = jnp.sum(slope1, 1, keepdims=True) - matmul(slope1, shortfall2.T)
+    f_y = jnp.where(unresolved, marginal_slope - matmul(shortfall1, second[1].T), f_y)
+    f_x_by_marginal = jnp.sum(slope1, 1, keepdims=True) - matmul(slope1, shortfall2)
     f_x = jnp.where(unresolved, f_x_by_marginal, f_x)
     return _double_sums(f, one_minus_f, f_x, f_y, f_xy, f_xy, cell, n_classes)
 
@@ -331,9 +313,7 @@ def _smoothed_gumbel(w: Array, variance: Array) -> tuple[Array, Array]:
     """
     tau = jnp.sqrt(variance)
 
-    def mean(
-        function: Callable[[Array], tuple[Array, Array]], node: np.ndarray, weight: np.ndarray
-    ):
+    def mean(function: Any, node: np.ndarray, weight: np.ndarray) -> tuple[Array, Array]:
         def add(total: tuple[Array, Array], rule: Array) -> tuple[tuple[Array, Array], None]:
             first, second = function(rule[0])
             return (total[0] + rule[1] * first, total[1] + rule[1] * second), None
