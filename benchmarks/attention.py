@@ -23,9 +23,9 @@ VARIANCES = (0.25, 1.0, 4.0, 20.0)
 ASKED = (1e-2, 2e-3)  # errors
 MANY_POINTS = 1 << 15
 N_PROBLEMS = 3  # random ones, of which the largest error is reported
-# Inputs of which blocks are timed, by the number of tokens: as many as make the blocks count beside
-# the preparation of inputs.
-COUNTS = {16: (2, 8), 32: (2, 8), 64: (1, 4)}
+# Inputs of which blocks are timed: as many as make blocks count beside the preparation of inputs,
+# and few where a block takes long.
+MANY, FEW = (2, 8), (1, 4)
 N_INPUTS, N_TOKENS = 100, 64  # of which memory is reported
 
 # Arguments of attention, and how much the variances of tokens differ.
@@ -127,8 +127,8 @@ def sampling_table(sizes: tuple[int, ...], n_samples: int) -> str:
     return table(["tokens", "variance", "NNGP", "NTK"], rows)
 
 
-def layer(name: str, method: Any = None) -> Any:
-    given = {**KINDS[name][0], "method": method}
+def layer(name: str) -> Any:
+    given = KINDS[name][0]
     if name == "cross":
         both = stax.parallel(stax.Dense(8), stax.Dense(8))
         attend = stax.GlobalCrossAttention(8, 8, 8, 2, **given)
@@ -137,15 +137,15 @@ def layer(name: str, method: Any = None) -> Any:
     return stax.serial(stax.Dense(8), attend)[2]
 
 
-def compiled(name: str, size: int, n: int, get: Any, method: Any = None) -> Any:
-    """The layer's kernel of two times `n` inputs."""
+def compiled(name: str, size: int, n: int) -> Any:
+    """The layer's kernels of two times `n` inputs."""
     x = np.random.default_rng(size).standard_normal((2, n, size, 2 * size))
     x *= np.sqrt(2 * size) / np.linalg.norm(x, axis=-1, keepdims=True)
     if KINDS[name][1] > 1:
         x *= np.linspace(0.6, 1.5, size)[:, None]
     x1, x2 = jnp.asarray(x, jnp.float32)
-    kernel_fn = layer(name, method)
-    function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, get)).lower(x1, x2).compile()
+    kernel_fn = layer(name)
+    function = jax.jit(lambda x1, x2: kernel_fn(x1, x2, ("nngp", "ntk"))).lower(x1, x2).compile()
     return functools.partial(function, x1, x2)
 
 
@@ -162,19 +162,18 @@ def time_table(sizes: tuple[int, ...], repetitions: int) -> str:
     for size in sizes:
         for name in KINDS:
             if size > LARGEST.get(name, size):
-                rows.append([f"{size}", name, "-", "-", "-"])
+                rows.append([f"{size}", name, "-", "-"])
                 continue
-            row, once = [f"{size}", name], 0.0
-            for get in ("nngp", ("nngp", "ntk")):
-                progress(f"{size} tokens, {name}, {get}")
-                make = functools.partial(compiled, name, size, get=get)
-                pair, once = timing.per_pair_and_input(make, COUNTS[size], repetitions)
-                row.append(f"{pair * 1e3:.2f}")
-                # Beside two inputs there are two pairs of inputs with themselves.
-                once -= 2 * pair
-            rows.append([*row, f"{once / 2 * 1e3:.1f}"])
+            progress(f"{size} tokens, {name}")
+            make = functools.partial(compiled, name, size)
+            counts = FEW if size > 32 or name in LARGEST else MANY
+            pair, once = timing.per_pair_and_input(make, counts, repetitions, limit=10.0)
+            # Beside two inputs there are two pairs of inputs with themselves.
+            an_input = once / 2 - pair
+            prepared = f"{an_input * 1e3:.1f}" if an_input > 0 else "-"
+            rows.append([f"{size}", name, f"{pair * 1e3:.1f}", prepared])
             progress(", ".join(rows[-1]))
-    return table(["tokens", "attention", "NNGP", "NNGP and NTK", "an input"], rows)
+    return table(["tokens", "attention", "a block", "an input"], rows)
 
 
 def memory() -> str:
@@ -207,9 +206,10 @@ standard error of the samples is in brackets."""
 TIMES = """\
 ## Time
 
-Milliseconds in float32, with the default number of points. A block is all pairs of queries of one
-pair of inputs. Every input is also prepared, once. Cross-attention has as many queries as keys.
-Earlier, each pair of queries had a sample of its own. A causal block with both kernels then took
+Milliseconds for NNGP and NTK together in float32, with the default number of points. A block is all
+pairs of queries of one pair of inputs. Every input is also prepared, once: a dash stands where that
+is too little beside a block to be measured, or where nothing was. Cross-attention has as many
+queries as keys. Earlier, each pair of queries had a sample of its own. A causal block then took
 456 ms at 16 tokens, 2,400 ms at 32 and 26 s at 64, on two other cores and with the preparation of
 its inputs."""
 

@@ -55,11 +55,19 @@ def per_pair(
 
 
 def per_pair_and_input(
-    make: Callable[[int], Callable[[], Any]], counts: tuple[int, int], repetitions: int
+    make: Callable[[int], Callable[[], Any]],
+    counts: tuple[int, int],
+    repetitions: int,
+    *,
+    limit: float = float("inf"),
 ) -> tuple[float, float]:
-    """`per_pair`, and seconds that each of the inputs of one side adds once."""
+    """`per_pair`, and seconds that each of the inputs of one side adds once.
+
+    Args:
+      limit: that of `interleaved`.
+    """
     few, many = counts
-    times = interleaved({n: make(n) for n in counts}, repetitions)
+    times = interleaved({n: make(n) for n in counts}, repetitions, limit=limit)
     best = {n: min(seconds) for n, seconds in times.items()}
     pair = (best[many] - many / few * best[few]) / (many**2 - many * few)
     return pair, best[few] / few - few * pair

@@ -349,7 +349,7 @@ def test_scales_are_those_of_the_kernel_at_correlation_1():
     of = Problems(5, (0.25, 4.0))
     (side, _), request = of.given(Rows())
     mechanism = attention_terms.mechanism(parse(None), QuasiMonteCarlo(), Rows(), None)
-    budget = Budget.of(QuasiMonteCarlo(), default=attention_terms._SHARED)
+    budget = Budget.of(QuasiMonteCarlo(), default=attention_terms._DEFAULT)
     prepared = attention_terms._prepare_all(side, mechanism, queries.one_for_all, budget)
     units = jax.vmap(functools.partial(attention_inputs.units, mechanism=mechanism))
     got = units(prepared, prepared, request.cross)

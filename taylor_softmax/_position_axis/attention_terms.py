@@ -46,13 +46,12 @@ _MANY_SCALES = 16
 # Numbers in the largest array of a step, on accelerators.
 _CHUNK = 1 << 24
 
-# Of classes that several queries share, and of queries that are classes, which take longer. In 128
-# points pairs of dimensions are correlated by up to 0.6, in 256 by 0.1: with those, keys of rank 3
-# had up to six times the error (16 tokens, causal, measured).
-_SHARED = Default(4, 1 << 9, (5e-2, 0.1))
-_OF_EACH = _SHARED._replace(n_points=1 << 8)
+# In 128 points pairs of dimensions are correlated by up to 0.6, in 256 by 0.1: with those, keys of
+# rank 3 had up to six times the error (16 tokens, causal, measured). 512 halve no error but that of
+# i.i.d. tokens at variance 1, 4e-4 (16 tokens, one class, measured).
+_DEFAULT = Default(4, 1 << 8, (5e-2, 0.1))
 
-# Both are for so many keys and more. For fewer there are as many times more points, up to a factor.
+# That is for so many keys and more. For fewer there are as many times more points, up to a factor.
 _KEYS, _MORE_OF_FEW = 16, 4
 
 
@@ -120,7 +119,7 @@ class Request:
 def warn(results: Sequence[Kernels], of: Mechanism) -> None:
     """Says so where an error is missed; see `estimate.warn`."""
     errors = [each.error for each in results]
-    estimate.warn(errors, of.method, "Attention", default=_SHARED)
+    estimate.warn(errors, of.method, "Attention", default=_DEFAULT)
 
 
 def evaluate(
@@ -140,24 +139,46 @@ def _evaluate_all(
     sides: list[Inputs], requests: list[Request], mechanism: Mechanism, equal: bool | None
 ) -> list[Kernels]:
     """Args: `equal`: whether queries have equal scales, if it is known and there is no bias."""
+    sides, requests = _joined_sides(sides, requests)
     biases = [side.bias for side in sides]
     if biases[0] is not None:
 
         def of_share(bias: list[Array]) -> list[Kernels]:
             each = [queries.of_each(rows) for rows in bias]
-            return _evaluate(sides, requests, mechanism, each, _OF_EACH)
+            return _evaluate(sides, requests, mechanism, each)
 
         return _mean_over_shares(of_share, biases)
     many = max(side.variances.shape[1] for side in sides) > _MANY_SCALES
 
-    def of(classify: queries.Classify, default: Default) -> Callable[[], list[Kernels]]:
-        return lambda: _evaluate(sides, requests, mechanism, [classify] * len(sides), default)
+    def of(classify: queries.Classify) -> Callable[[], list[Kernels]]:
+        return lambda: _evaluate(sides, requests, mechanism, [classify] * len(sides))
 
-    alike = of(queries.one_for_all, _SHARED)
-    unequal = of(queries.of_scales, _SHARED) if many else of(queries.of_each(None), _OF_EACH)
+    alike = of(queries.one_for_all)
+    unequal = of(queries.of_scales if many else queries.of_each(None))
     if equal is None:
         return lax.cond(_have_equal_scales(sides), alike, unequal)
     return alike() if equal else unequal()
+
+
+def _joined_sides(
+    sides: list[Inputs], requests: list[Request]
+) -> tuple[list[Inputs], list[Request]]:
+    """Sides of equal lengths as one, so that what prepares them, and their pairs, compile once.
+
+    Their rows of biases are the same, as lengths alone tell them.
+    """
+    arrays = [side[:-1] for side in sides]
+    if len({tuple(x.shape[1:] for x in of_side) for of_side in arrays}) > 1:
+        return sides, requests
+    variances, asked, keys, present = (jnp.concatenate(x) for x in zip(*arrays, strict=True))
+    joined = Inputs(variances, asked, keys, present, sides[0].bias)
+    ends = np.cumsum([len(side.keys) for side in sides])
+    starts = [int(end) - len(side.keys) for end, side in zip(ends, sides, strict=True)]
+    moved = [
+        Request(each.first + starts[each.sides[0]], each.second + starts[each.sides[1]], each.cross)
+        for each in requests
+    ]
+    return [joined], moved
 
 
 def _have_equal_scales(sides: Sequence[Inputs]) -> Any:
@@ -193,23 +214,34 @@ def _evaluate(
     requests: list[Request],
     mechanism: Mechanism,
     classify: list[queries.Classify],
-    default: Default,
 ) -> list[Kernels]:
     budget = None
     if isinstance(mechanism.method, QuasiMonteCarlo):
         n_keys = max(side.keys.shape[-1] for side in sides)
         more = 1 << (min(_MORE_OF_FEW, max(1, _KEYS // n_keys)).bit_length() - 1)
-        default = default._replace(n_points=default.n_points * more)
+        default = _DEFAULT._replace(n_points=_DEFAULT.n_points * more)
         budget = Budget.of(mechanism.method, default=default)
     prepared = [
         _prepare_all(side, mechanism, of, budget) for side, of in zip(sides, classify, strict=True)
     ]
-    return [
-        _map_pairs(
-            prepared[request.sides[0]], prepared[request.sides[1]], request, mechanism, budget
-        )
-        for request in requests
-    ]
+    # A loop over pairs is compiled for all requests whose pairs have the same shapes.
+    groups: dict[Any, list[int]] = {}
+    for i, request in enumerate(requests):
+        arrays, structure = jax.tree.flatten(request.cross)
+        shapes = tuple(x.shape[1:] for x in arrays)
+        groups.setdefault((request.sides, structure, shapes), []).append(i)
+    results: dict[int, Kernels] = {}
+    for (of_sides, *_), members in groups.items():
+        chosen = [requests[i] for i in members]
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *chosen)
+        one, two = (prepared[side] for side in of_sides)
+        kernels = _map_pairs(one, two, joined, mechanism, budget)
+        ends = np.cumsum([len(request.first) for request in chosen])[:-1]
+        leaves, structure = jax.tree.flatten(kernels)
+        parts = zip(*(jnp.split(x, ends) for x in leaves), strict=True)
+        for i, part in zip(members, parts, strict=True):
+            results[i] = jax.tree.unflatten(structure, part)
+    return [results[i] for i in range(len(requests))]
 
 
 def _prepare_all(
