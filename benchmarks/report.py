@@ -47,14 +47,15 @@ def cores() -> int:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: first text, then numbers."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = (
-        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        for row in (header, rule, *rows)
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A Markdown table: the first column and those of words to the left, numbers to the right."""
+    columns = []
+    for i, (head, *cells) in enumerate(zip(header, *rows, strict=True)):
+        width = max(map(len, (head, *cells)))
+        is_text = i == 0 or any(cell[:1].isalpha() for cell in cells)
+        rule = "-" * width if is_text else "-" * (width - 1) + ":"
+        place = str.ljust if is_text else str.rjust
+        columns.append([place(cell, width) for cell in (head, rule, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def name(order: int | None) -> str:

@@ -78,7 +78,7 @@ def errors_against_order(results: Sequence[Result]) -> Figure:
             ax.plot(orders, analytic, "-", label=label, lw=1, color=color)
             ax.errorbar(orders, sampled, stderr, fmt="o", ms=4, capsize=2, color=color)
         ax.set(yscale="log", xlabel="order", title=f"{kernel.upper()}, {N_CLASSES} classes")
-        ax.set_ylim(1e-6, 2)
+        ax.set_ylim(1e-6, 4)
         ax.set_xticks(sorted({p.order for p, _ in chosen if p.order is not None}))
     axes[0].set_ylabel("relative difference from softmax")
     lines = axes[1].get_legend_handles_labels()
