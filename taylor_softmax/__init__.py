@@ -11,9 +11,9 @@ from taylor_softmax import _compat as _compat  # isort: skip
 import neural_tangents as nt
 
 from taylor_softmax import losses, methods, monte_carlo, nn, predict, stax
+from taylor_softmax._attention.moments import AttentionMoments, attention_second_moment
 from taylor_softmax._class_axis.covariance import class_covariance
 from taylor_softmax._layers.class_kernel import ClassKernel, class_kernel
-from taylor_softmax._position_axis.attention import AttentionMoments, attention_second_moment
 from taylor_softmax._position_axis.moments import joint_second_moment
 
 __all__ = [

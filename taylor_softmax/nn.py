@@ -12,9 +12,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from taylor_softmax._attention.rows import alibi
 from taylor_softmax._numerics.arguments import Validated, as_real, check_axes, fits
 from taylor_softmax._numerics.surrogate import Surrogate, parse
-from taylor_softmax._position_axis.attention_rows import alibi
 
 __all__ = ["alibi", "log_taylor_softmax", "taylor_softmax"]
 

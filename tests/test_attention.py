@@ -14,14 +14,14 @@ from neural_tangents.stax import layer
 import taylor_softmax
 from oracles import attention as oracle
 from taylor_softmax import stax
+from taylor_softmax._attention import evaluation, rotary
+from taylor_softmax._attention.pair import Kernels
 from taylor_softmax._numerics.errors import (
     ATTENTION,
     ATTENTION_ROTARY,
     promised,
 )
 from taylor_softmax._numerics.precision import enable_x64
-from taylor_softmax._position_axis import attention_terms, rotary
-from taylor_softmax._position_axis.attention_pair import Kernels
 from taylor_softmax.methods import Direct, QuasiMonteCarlo, Series
 
 # Bound on |z| of the largest of 256 correlated entries, and of the cases below: 1e-4 by chance.
@@ -281,7 +281,7 @@ def token_inputs(*shape, padding=True):
 def test_identity_attention_is_that_of_neural_tangents(
     monkeypatch, spatial, options, diagonal_batch
 ):
-    monkeypatch.setattr(attention_terms, "evaluate", identity)
+    monkeypatch.setattr(evaluation, "evaluate", identity)
     body = stax.Conv(16, (3,) * len(spatial), padding="SAME", b_std=0.3), stax.Relu()
     given = {"linear_scaling": False, "W_query_std": 1.2, "W_out_std": 0.8, **options}
     *_, ours = stax.serial(*body, stax.GlobalSelfAttention(4, 5, 6, 3, **given))

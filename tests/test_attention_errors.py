@@ -15,10 +15,10 @@ import pytest
 
 import taylor_softmax
 from taylor_softmax import stax
+from taylor_softmax._attention import evaluation, inputs, queries
+from taylor_softmax._attention.rows import Rows
 from taylor_softmax._numerics import errors
 from taylor_softmax._numerics.surrogate import parse
-from taylor_softmax._position_axis import attention_inputs, attention_terms, queries
-from taylor_softmax._position_axis.attention_rows import Rows
 from taylor_softmax._position_axis.estimate import Budget
 from taylor_softmax.methods import QuasiMonteCarlo
 
@@ -96,7 +96,7 @@ class Problems:
         there, n_queries = jnp.ones((self.n, self.size)), len(OF_QUERIES)
 
         def side(of_keys, of_queries):
-            return attention_terms.Inputs(
+            return evaluation.Inputs(
                 tau2 * jnp.exp(jnp.asarray(of_queries)),
                 jnp.ones((self.n, n_queries)),
                 jnp.broadcast_to(jnp.exp(of_keys) * keys, (self.n, *keys.shape)),
@@ -105,7 +105,7 @@ class Problems:
             )
 
         between = tau2[:, :, None] * OF_QUERIES * jnp.exp(closer)
-        cross = attention_inputs.Cross(
+        cross = inputs.Cross(
             between,
             (self.correlation + by)[:, None, None] * keys,
         )
@@ -114,14 +114,14 @@ class Problems:
             cross = cross._replace(queries_ntk=QUERIES_NTK * between, keys_ntk=of_keys)
         each = np.arange(self.n)
         sides = [side(wider, own_queries), side(0.0, (0.0, 0.0))]
-        return sides, attention_terms.Request(each, each, cross, (0, 1))
+        return sides, evaluation.Request(each, each, cross, (0, 1))
 
     def estimates(self, method, rows=None, **options):
         """`Kernels`; with `rows` every query has a sample of its own."""
         rows = rows or Rows()
-        mechanism = attention_terms.mechanism(parse(None), method, rows, None)
+        mechanism = evaluation.mechanism(parse(None), method, rows, None)
         sides, request = self.given(rows, **options)
-        return attention_terms.evaluate(sides, [request], mechanism)[0]
+        return evaluation.evaluate(sides, [request], mechanism)[0]
 
 
 def relative(got, want, scale):
@@ -348,10 +348,10 @@ def test_tokens_of_rank_1_with_one_of_another_sign_have_another_kernel():
 def test_scales_are_those_of_the_kernel_at_correlation_1():
     of = Problems(5, (0.25, 4.0))
     (side, _), request = of.given(Rows())
-    mechanism = attention_terms.mechanism(parse(None), QuasiMonteCarlo(), Rows(), None)
-    budget = Budget.of(QuasiMonteCarlo(), default=attention_terms._DEFAULT)
-    prepared = attention_terms._prepare_all(side, mechanism, queries.one_for_all, budget)
-    units = jax.vmap(functools.partial(attention_inputs.units, mechanism=mechanism))
+    mechanism = evaluation.mechanism(parse(None), QuasiMonteCarlo(), Rows(), None)
+    budget = Budget.of(QuasiMonteCarlo(), default=evaluation._DEFAULT)
+    prepared = evaluation._prepare_all(side, mechanism, queries.one_for_all, budget)
+    units = jax.vmap(functools.partial(inputs.units, mechanism=mechanism))
     got = units(prepared, prepared, request.cross)
     *_, scales = of.expected()
     np.testing.assert_allclose(got, np.stack(scales, 1), rtol=0.02)

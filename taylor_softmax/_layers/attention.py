@@ -18,13 +18,13 @@ from neural_tangents.stax import (
     supports_masking,
 )
 
+from taylor_softmax._attention import evaluation, rotary
+from taylor_softmax._attention.rows import Rows
 from taylor_softmax._layers import attention_kernel
 from taylor_softmax._layers.arguments import Layer, in_single_at_least
 from taylor_softmax._layers.attention_network import Attention
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.surrogate import parse
-from taylor_softmax._position_axis import attention_terms, rotary
-from taylor_softmax._position_axis.attention_rows import Rows
 from taylor_softmax.methods import Method
 
 Window = int | tuple[int, int]
@@ -208,7 +208,7 @@ def _attention(given: dict[str, Any]) -> Attention:
     surrogate = parse(given["order"])
     rows = Rows.parse(given["causal"], given["window"], given["bias"])
     base = _check_rotary(given["rotary"], given["n_chan_key"], given["pos_emb_type"])
-    mechanism = attention_terms.mechanism(surrogate, given["method"], rows, base)
+    mechanism = evaluation.mechanism(surrogate, given["method"], rows, base)
     names = inspect.signature(Attention).parameters
     shared = {name: given[name] for name in names if name in given}
     return Attention(mechanism=mechanism, rows=rows, **shared)
@@ -241,7 +241,7 @@ def _self_attention(given: dict[str, Any], of: Attention) -> Any:
 
     @_with_requirements(of)
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
-        return attention_kernel.kernel(of, k, k, attention_terms.evaluate)
+        return attention_kernel.kernel(of, k, k, evaluation.evaluate)
 
     def mask_fn(mask: Array, input_shape: tuple[int, ...]) -> Array:
         return of.mask_of_tokens(mask)
@@ -262,7 +262,7 @@ def _cross_attention(of: Attention) -> Any:
     @_with_requirements(of)
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
         queries, memory = _check_branches(k)
-        return attention_kernel.kernel(of, queries, memory, attention_terms.evaluate)
+        return attention_kernel.kernel(of, queries, memory, evaluation.evaluate)
 
     def mask_fn(mask: Any, input_shape: Any) -> Array | None:
         return None if mask[0] is None else of.mask_of_tokens(mask[0])

@@ -9,13 +9,13 @@ from jax import Array
 from neural_tangents import Kernel
 from neural_tangents.stax import PositionalEmbedding
 
+from taylor_softmax._attention import evaluation
+from taylor_softmax._attention.evaluation import Inputs, Request
+from taylor_softmax._attention.inputs import Cross, Mechanism
+from taylor_softmax._attention.pair import Kernels
 from taylor_softmax._layers.attention_network import Attention
 from taylor_softmax._layers.finite import FiniteClassKernel
 from taylor_softmax._layers.spatial import SpatialLayout
-from taylor_softmax._position_axis import attention_terms
-from taylor_softmax._position_axis.attention_inputs import Cross, Mechanism
-from taylor_softmax._position_axis.attention_pair import Kernels
-from taylor_softmax._position_axis.attention_terms import Inputs, Request
 
 Evaluate = Callable[[Sequence[Inputs], Sequence[Request], Mechanism], list[Kernels]]
 
@@ -24,7 +24,7 @@ def kernel(of: Attention, queries: Any, memory: Any, evaluate: Evaluate) -> Kern
     """The kernel of queries after attention to the memory, which may be their own.
 
     Args:
-      evaluate: as `attention_terms.evaluate`; tests put another in its place.
+      evaluate: as `evaluation.evaluate`; tests put another in its place.
     """
     for k in (queries, memory):
         of.check_axes(len(k.shape1))
@@ -52,7 +52,7 @@ def kernel(of: Attention, queries: Any, memory: Any, evaluate: Evaluate) -> Kern
     out = (of.W_out_std * of.W_value_std) ** 2
     bias = 0.0 if of.b_std is None else of.b_std**2
     blocks = evaluate(inputs, requests, of.mechanism)
-    attention_terms.warn(blocks, of.mechanism)
+    evaluation.warn(blocks, of.mechanism)
     results = [
         tuple(None if x is None else out * x + bias for x in (each.nngp, each.ntk))
         for each in blocks

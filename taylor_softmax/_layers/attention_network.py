@@ -10,10 +10,10 @@ import numpy as np
 from jax import Array, random
 from neural_tangents.stax import PositionalEmbedding
 
+from taylor_softmax._attention.inputs import Mechanism
+from taylor_softmax._attention.rows import Rows
 from taylor_softmax._numerics.arguments import Validated
 from taylor_softmax._numerics.precision import matmul
-from taylor_softmax._position_axis.attention_inputs import Mechanism
-from taylor_softmax._position_axis.attention_rows import Rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from taylor_softmax._attention import queries
 from taylor_softmax._numerics.precision import einsum
-from taylor_softmax._position_axis import closed_form, queries
+from taylor_softmax._position_axis import closed_form
 
 # Correlations at which the closed form is evaluated.
 _NODES = 8

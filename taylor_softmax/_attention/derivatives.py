@@ -1,7 +1,7 @@
 """Derivatives of what attention takes from samples, in covariances of logits.
 
-By Price's theorem (see `derivatives`) along `X11`, `X22` and `r X12` of what `xi` and `xi'` have as
-covariances `K11`, `K22` and `r K12` (see `trace`),
+By Price's theorem (see `_position_axis/derivatives.py`) along `X11`, `X22` and `r X12` of what `xi`
+and `xi'` have as covariances `K11`, `K22` and `r K12` (see `trace`),
 
     dE[F] = E[sum_k d_xi[e_k] (d_xi[X11 e_k] / 2 + r d_xi'[X12^T e_k]) F]
           + E[sum_k d_xi'[e_k] d_xi'[X22 e_k] F] / 2,
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from taylor_softmax._attention import pairing, trace
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import derivatives, pairing, trace
+from taylor_softmax._position_axis.derivatives import curved
 from taylor_softmax._position_axis.sampling import Outputs
 
 
@@ -195,7 +196,7 @@ def _curved(of: Outputs, change: Array, scales: Array, axes: str) -> Array:
     """`D^2 y : change`, with derivatives along `xi`."""
     keys = axes.index("p")
     flat = (jnp.moveaxis(x, keys, 0).reshape(x.shape[keys], -1) for x in of)
-    curved = derivatives.curved(Outputs(*flat), change)
+    moved = curved(Outputs(*flat), change)
     shape = jnp.moveaxis(of.value, keys, 0).shape
     placed = jnp.expand_dims(scales, [i for i, x in enumerate(axes) if x != "a"])
-    return placed**2 * jnp.moveaxis(curved.reshape(shape), 0, keys)
+    return placed**2 * jnp.moveaxis(moved.reshape(shape), 0, keys)

@@ -15,19 +15,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from taylor_softmax._attention import closed_queries, derivatives, inputs, rotary, trace
+from taylor_softmax._attention.inputs import Cross, Mechanism, Prepared
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.quadrature import unit_interval_rule
 from taylor_softmax._numerics.statistics import Running
-from taylor_softmax._position_axis import (
-    attention_derivatives,
-    attention_inputs,
-    closed_queries,
-    derivatives,
-    estimate,
-    rotary,
-    trace,
-)
-from taylor_softmax._position_axis.attention_inputs import Cross, Mechanism, Prepared
+from taylor_softmax._position_axis import estimate
+from taylor_softmax._position_axis.derivatives import first_order_only
 from taylor_softmax._position_axis.estimate import Budget
 
 # Nodes at which slopes are integrated, exactly where they are polynomials; at variance 100 they
@@ -62,9 +56,9 @@ def kernels(
 ) -> Kernels:
     """Of one pair; without a `budget` by the closed form."""
     if budget is None:
-        values, keys, forms = attention_inputs.matrices(cross, mechanism)
+        values, keys, forms = inputs.matrices(cross, mechanism)
         inner, outer = (
-            [attention_inputs.centred(x, one, two, mechanism) for x in of] for of in (keys, values)
+            [inputs.centred(x, one, two, mechanism) for x in of] for of in (keys, values)
         )
         left, right = one.logits, two.logits
         assert isinstance(left, closed_queries.ClosedLogits)
@@ -90,7 +84,7 @@ def sampled(
 ) -> tuple[Float[Array, "results A1 A2"], Float[Array, " results"], Float[Array, ""]]:
     """NNGP and NTK of one pair, their errors, and how many scramblings."""
     once = _estimator(mechanism, budget, one, two, cross)
-    of_units = attention_inputs.units(one, two, cross, mechanism)
+    of_units = inputs.units(one, two, cross, mechanism)
     k = len(of_units)
 
     def error(state: Running) -> Array:
@@ -121,11 +115,11 @@ def _sampled_jvp(
     """From the scramblings that the value took.
 
     The estimate is differentiated in what it has as an explicit factor, in correlations of queries
-    and in biases; in covariances of logits by Price's theorem, see `attention_derivatives`.
+    and in biases; in covariances of logits by Price's theorem, see `derivatives`.
     """
     results = sampled(mechanism, budget, *primals)
     n = lax.stop_gradient(results[2])
-    only = derivatives.first_order_only
+    only = first_order_only
     *given, points = primals
     one, two = (
         jax.tree.map(lambda x, of=of: only(x, of.tau, of.covariance), of) for of in given[:2]
@@ -152,8 +146,8 @@ def _estimator(
     mechanism: Mechanism, budget: Budget, one: Prepared, two: Prepared, cross: Cross
 ) -> Callable[[trace.Scrambling], Float[Array, "results A1 A2"]]:
     """From one scrambling to NNGP and NTK, and both again of polynomials through a node less."""
-    values, matrices, forms = attention_inputs.matrices(cross, mechanism)
-    outer = [attention_inputs.centred(x, one, two, mechanism) for x in values]
+    values, matrices, forms = inputs.matrices(cross, mechanism)
+    outer = [inputs.centred(x, one, two, mechanism) for x in values]
     nodes = trace.NODES if budget.error is None else trace.NODES_OF_ERROR
 
     def sample(
@@ -184,8 +178,8 @@ def _by_price(
     d_cross: Cross,
 ) -> Callable[[trace.Scrambling], Float[Array, "results A1 A2"]]:
     """From one scrambling to the derivatives of NNGP and NTK in covariances of logits."""
-    values, matrices, forms = attention_inputs.matrices(cross, mechanism)
-    outer = [attention_inputs.centred(x, one, two, mechanism) for x in values]
+    values, matrices, forms = inputs.matrices(cross, mechanism)
+    outer = [inputs.centred(x, one, two, mechanism) for x in values]
     # That of values that come from elsewhere is not needed.
     forms = forms[:2] if len(values) > 1 else []
     along_keys = [(i, len(matrices)) for i in range(len(values))]
@@ -196,7 +190,7 @@ def _by_price(
     ) -> list[Array]:
         options["nodes"] = trace.NODES
         crossing = trace.samples(*pair, outer, along_keys, scrambling, **options)
-        of_products, of_traces = attention_derivatives.samples(
+        of_products, of_traces = derivatives.samples(
             *pair, (values, outer), forms, scrambling, changes, **options
         )
         of = functools.partial(trace.coefficients, steepness=steepness, nodes=trace.NODES)
@@ -253,13 +247,13 @@ def _of_all_queries(
         and the steepness of `G`; its options are `aligned` and `surrogate` of `trace.samples`.
       matrices: of `Keys`, before rotation.
     """
-    alike = attention_inputs.n_classes(one, two) == 1
+    alike = inputs.n_classes(one, two) == 1
     first, second = one.logits, two.logits
     assert isinstance(first, trace.QueryLogits)
     assert isinstance(second, trace.QueryLogits)
 
     def of(matrices: list[Array]) -> trace.Keys:
-        inner = [attention_inputs.centred(x, one, two, mechanism) for x in matrices]
+        inner = [inputs.centred(x, one, two, mechanism) for x in matrices]
         return trace.correlated(first, second, inner)
 
     def of_queries(

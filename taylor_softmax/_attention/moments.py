@@ -39,13 +39,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from taylor_softmax._attention import evaluation
+from taylor_softmax._attention.evaluation import Inputs, Request
+from taylor_softmax._attention.inputs import Cross
+from taylor_softmax._attention.rotary import check_base
+from taylor_softmax._attention.rows import Rows
 from taylor_softmax._numerics.arguments import Validated, as_real, check_entries
 from taylor_softmax._numerics.surrogate import parse
-from taylor_softmax._position_axis import attention_terms
-from taylor_softmax._position_axis.attention_inputs import Cross
-from taylor_softmax._position_axis.attention_rows import Rows
-from taylor_softmax._position_axis.attention_terms import Inputs, Request
-from taylor_softmax._position_axis.rotary import check_base
 from taylor_softmax.methods import Method
 
 
@@ -143,7 +143,7 @@ def attention_second_moment(
     surrogate = parse(order)
     rows = Rows.parse(causal, window, bias)
     base = None if rotary is None else check_base(rotary)
-    mechanism = attention_terms.mechanism(surrogate, method, rows, base)
+    mechanism = evaluation.mechanism(surrogate, method, rows, base)
     keys = {"cov11": cov11, "cov12": cov12, "cov22": cov22}
     asking = {"queries11": queries11, "queries12": queries12, "queries22": queries22}
     extra = {
@@ -183,8 +183,8 @@ def attention_second_moment(
         covs.get("values_ntk12"),
     )
     each = np.arange(len(queries12))
-    (result,) = attention_terms.evaluate(inputs, [Request(each, each, cross, (0, 1))], mechanism)
-    attention_terms.warn([result], mechanism)
+    (result,) = evaluation.evaluate(inputs, [Request(each, each, cross, (0, 1))], mechanism)
+    evaluation.warn([result], mechanism)
     nngp, ntk = (
         None if x is None else x.reshape(*batch, *x.shape[1:]).astype(dtype)
         for x in (result.nngp, result.ntk)

@@ -1,6 +1,6 @@
 """The kernel of attention for pairs of inputs with rows of biases of any kind.
 
-Here are the preparation of each input and the loop over pairs; `attention_pair` has what is
+Here are the preparation of each input and the loop over pairs; `pair` has what is
 computed of a pair.
 """
 
@@ -16,22 +16,14 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from taylor_softmax._attention import closed_queries, inputs, pair, queries, rotary, trace
+from taylor_softmax._attention.inputs import Cross, Mechanism, Prepared
+from taylor_softmax._attention.pair import Kernels
+from taylor_softmax._attention.rows import Rows
 from taylor_softmax._numerics.arguments import known, namespace
 from taylor_softmax._numerics.precision import matmul
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import (
-    attention_inputs,
-    attention_pair,
-    closed_queries,
-    estimate,
-    queries,
-    rotary,
-    sampling,
-    trace,
-)
-from taylor_softmax._position_axis.attention_inputs import Cross, Mechanism, Prepared
-from taylor_softmax._position_axis.attention_pair import Kernels
-from taylor_softmax._position_axis.attention_rows import Rows
+from taylor_softmax._position_axis import estimate, sampling
 from taylor_softmax._position_axis.estimate import Budget, Default
 from taylor_softmax._position_axis.moments import project
 from taylor_softmax.methods import Direct, Method, QuasiMonteCarlo, choose
@@ -281,7 +273,7 @@ def _prepare(
         means = logits.mean
         value, slope = trace.own_scales(logits, own, seen, keys, surrogate, points[0])
         largest = jnp.max(classes.scales) ** 2
-        scales = attention_inputs.Scales(
+        scales = inputs.Scales(
             value=jnp.max(value),
             slope=jnp.max(slope),
             size=jnp.sqrt(jnp.sum(own**2)),
@@ -310,16 +302,16 @@ def _map_pairs(
         order = sampling.leading_first(*cross.keys.shape[1:])
         points = budget.scramblings(len(order), cross.keys.dtype)[:, order]
 
-    def pair(of: tuple[Array, Array, Cross]) -> Kernels:
+    def of_pair(of: tuple[Array, Array, Cross]) -> Kernels:
         i, j, cross = of
         left, right = (jax.tree.map(lambda x, k=k: x[k], of) for of, k in ((one, i), (two, j)))
-        return attention_pair.kernels(mechanism, budget, left, right, cross, points)
+        return pair.kernels(mechanism, budget, left, right, cross, points)
 
     # Processors take one pair after the other: what a pair needs fits their caches.
     step = None
     if jax.default_backend() != "cpu":
-        size, n_classes = one.present.shape[1], attention_inputs.n_classes(one, two)
+        size, n_classes = one.present.shape[1], inputs.n_classes(one, two)
         n_points = size if budget is None else budget.n_points
         step = max(1, _CHUNK // (n_points * 4 * n_classes * max(n_classes, size)))
     pairs = jnp.asarray(request.first), jnp.asarray(request.second), cross
-    return lax.map(jax.checkpoint(pair), pairs, batch_size=step)
+    return lax.map(jax.checkpoint(of_pair), pairs, batch_size=step)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from taylor_softmax._attention import closed_queries, trace
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import closed_queries, trace
 from taylor_softmax._position_axis.moments import project
 from taylor_softmax.methods import Method
 

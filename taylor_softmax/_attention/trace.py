@@ -32,9 +32,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from taylor_softmax._attention import pairing
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.surrogate import Surrogate
-from taylor_softmax._position_axis import pairing, sampling
+from taylor_softmax._position_axis import sampling
 from taylor_softmax._position_axis.estimate import Budget
 
 # Points, beside their negatives, of an input's means, whose errors enter at first order; as many

@@ -1,0 +1,1 @@
+"""Softmax attention at 1/sqrt(d), whose queries and keys have any covariance."""
