@@ -15,15 +15,15 @@ Along the scale of a query the logits themselves move: `d/d log tau_a F(tau_a xi
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from taylor_softmax._attention import pairing, trace
 from taylor_softmax._numerics.precision import einsum, matmul
+from taylor_softmax._numerics.statistics import sum_over
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis.derivatives import curved
 from taylor_softmax._position_axis.sampling import Outputs
@@ -178,18 +178,11 @@ def _second_derivatives(
     def in_v(direction: Array, own: Array) -> _Sums:
         return jax.jvp(lambda v: slope_in_v(v, direction), (v,), (along(v, own),))[1]
 
-    def total(of_direction: Callable[..., Any], *directions: Array) -> Any:
-        @jax.checkpoint
-        def add(total: Any, each: tuple[Array, ...]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_direction(*each)), None
-
-        like = jax.eval_shape(of_direction, *(x[0] for x in directions))
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return lax.scan(add, start, directions)[0]
-
     basis1, basis2 = (jnp.eye(len(x), dtype=x.dtype) for x in own)
-    of_u, along_r = total(in_u, basis1, own[0], *(jnp.swapaxes(x, 0, 1) for x in crossings))
-    return jax.tree.map(jnp.add, of_u, total(in_v, basis2, own[1])), along_r
+    directions = basis1, own[0], *(jnp.swapaxes(x, 0, 1) for x in crossings)
+    of_u, along_r = sum_over(lambda each: in_u(*each), directions)
+    of_v = sum_over(lambda each: in_v(*each), (basis2, own[1]))
+    return jax.tree.map(jnp.add, of_u, of_v), along_r
 
 
 def _curved(of: Outputs, change: Array, scales: Array, axes: str) -> Array:

@@ -22,6 +22,7 @@ from taylor_softmax._attention.pair import Kernels
 from taylor_softmax._attention.rows import Rows
 from taylor_softmax._numerics.arguments import known, namespace
 from taylor_softmax._numerics.precision import matmul
+from taylor_softmax._numerics.statistics import sum_over
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis import estimate, sampling
 from taylor_softmax._position_axis.estimate import Budget, Default
@@ -132,14 +133,14 @@ def _evaluate_all(
 ) -> list[Kernels]:
     """Args: `equal`: whether queries have equal scales, if it is known and there is no bias."""
     sides, requests = _joined_sides(sides, requests)
-    biases = [side.bias for side in sides]
-    if biases[0] is not None:
+    biases = [side.bias for side in sides if side.bias is not None]
+    if biases:
 
         def of_share(bias: list[Array]) -> list[Kernels]:
             each = [queries.of_each(rows) for rows in bias]
             return _evaluate(sides, requests, mechanism, each)
 
-        return _mean_over_shares(of_share, biases)
+        return jax.tree.map(lambda x: x / len(biases[0]), sum_over(of_share, biases))
     many = max(side.variances.shape[1] for side in sides) > _MANY_SCALES
 
     def of(classify: queries.Classify) -> Callable[[], list[Kernels]]:
@@ -184,21 +185,6 @@ def _have_equal_scales(sides: Sequence[Inputs]) -> Any:
         return of.all(smallest >= (1 - _EQUAL) * largest)
 
     return functools.reduce(operator.and_, (of_side(side) for side in sides))
-
-
-def _mean_over_shares(of: Callable[[Any], Any], biases: Any) -> Any:
-    """Mean of `of` over the first axis, that of shares of the heads."""
-    n = len(biases[0])
-    if n == 1:
-        return of([bias[0] for bias in biases])
-
-    def add(total: Any, bias: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of(bias)), None
-
-    shapes = jax.eval_shape(of, [bias[0] for bias in biases])
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = lax.scan(jax.checkpoint(add), start, biases)
-    return jax.tree.map(lambda x: x / n, total)
 
 
 def _evaluate(

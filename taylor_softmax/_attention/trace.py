@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from taylor_softmax._attention import pairing
 from taylor_softmax._numerics.precision import einsum, matmul
+from taylor_softmax._numerics.statistics import sum_over
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis import sampling
 from taylor_softmax._position_axis.estimate import Budget
@@ -283,13 +284,5 @@ def sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> Any
     n_points, at_once = z.shape[1], 1 << max(3, (_BLOCK // per_point).bit_length() - 1)
     if jax.default_backend() != "cpu" or n_points % at_once:
         at_once = n_points
-    if at_once >= n_points:
-        return of(z)
     blocks = jnp.swapaxes(z.reshape(len(z), -1, at_once), 0, 1)
-
-    def add(total: Any, z: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of(z)), None
-
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, blocks[0]))
-    total, _ = lax.scan(jax.checkpoint(add), start, blocks)
-    return total
+    return sum_over(of, blocks)

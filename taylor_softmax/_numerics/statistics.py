@@ -1,8 +1,11 @@
-"""Means and standard errors of samples that come in parts."""
+"""Sums, means and standard errors of what comes in parts."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -35,6 +38,25 @@ class Running(NamedTuple):
     def stderr(self) -> Float[Array, "*shape"]:
         """Standard error of the mean."""
         return jnp.sqrt(self.deviation / (self.n - 1) / self.n)
+
+
+def sum_over(of: Callable[[Any], Any], xs: Any) -> Any:
+    """Sum of `of` over the first axis of the arrays `xs`.
+
+    Nothing of a term is kept for the backward pass.
+    """
+    first = jax.tree.map(lambda x: x[0], xs)
+    if len(jax.tree.leaves(xs)[0]) == 1:
+        return of(first)
+    # Traced once for its shape and its value, and in nested sums not twice at every level.
+    of = jax.jit(of)
+    like = jax.eval_shape(of, first)
+
+    def add(total: Any, x: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of(x)), None
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return lax.scan(jax.checkpoint(add), start, xs)[0]
 
 
 def none_yet(like: Float[Array, "*shape"]) -> Running:

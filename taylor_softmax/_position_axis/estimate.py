@@ -20,7 +20,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from taylor_softmax._numerics.statistics import Running, none_yet
+from taylor_softmax._numerics.statistics import Running, none_yet, sum_over
 from taylor_softmax._position_axis import sampling
 from taylor_softmax._position_axis.components import Components
 from taylor_softmax.methods import QuasiMonteCarlo
@@ -143,6 +143,7 @@ def average(
       limit: at most so many.
       reached: whether those so far are enough. None: there are as many as the limit.
     """
+    sample = jax.jit(sample)  # Traced once for its shape and its value.
     like = jax.eval_shape(sample, _scrambling(points, 0))
     start = none_yet(jnp.zeros(like.shape, like.dtype))
 
@@ -165,18 +166,15 @@ def mean_of_first(
 
     Differentiable in both modes; nothing of a scrambling is kept for the backward pass.
     """
+    sample = jax.jit(sample)
     like = jax.eval_shape(sample, _scrambling(points, 0))
 
-    @jax.checkpoint
-    def add(total: Array, of: tuple[Any, Array]) -> tuple[Array, None]:
+    def term(of: tuple[Any, Array]) -> Array:
         scrambling, k = of
-        nothing = jnp.zeros(like.shape, like.dtype)
-        return total + lax.cond(k < n, sample, lambda _: nothing, scrambling), None
+        return lax.cond(k < n, sample, lambda _: jnp.zeros(like.shape, like.dtype), scrambling)
 
-    count = len(jax.tree.leaves(points)[0])
-    index = jnp.arange(count, dtype=n.dtype)
-    total, _ = lax.scan(add, jnp.zeros(like.shape, like.dtype), (points, index))
-    return total / n
+    index = jnp.arange(len(jax.tree.leaves(points)[0]), dtype=n.dtype)
+    return sum_over(term, (points, index)) / n
 
 
 def _scrambling(points: Any, i: Any) -> Any:

@@ -42,7 +42,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from taylor_softmax._numerics.precision import matmul
-from taylor_softmax._numerics.statistics import Running
+from taylor_softmax._numerics.statistics import Running, sum_over
 from taylor_softmax._numerics.surrogate import Surrogate
 from taylor_softmax._position_axis import derivatives, estimate, sampling
 from taylor_softmax._position_axis.components import Components, quadratic_form
@@ -253,15 +253,7 @@ def _sample(
         product = sampling.jacobian_product(left, right, theta)
         return _Means(residual, (product, left.mean_jacobian(), right.mean_jacobian()))
 
-    if len(blocks) == 1:
-        return block(blocks[0])
-
-    def add(total: _Means, z: Array) -> tuple[_Means, None]:
-        return jax.tree.map(jnp.add, total, block(z)), None
-
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(block, blocks[0]))
-    total, _ = lax.scan(add, start, blocks)
-    return jax.tree.map(lambda x: x / len(blocks), total)
+    return jax.tree.map(lambda x: x / len(blocks), sum_over(block, blocks))
 
 
 def _residual(at: sampling.Outputs, z: Array, of: Expansion) -> Float[Array, "S points"]:
