@@ -247,20 +247,22 @@ def test_scramblings_end_where_the_error_is_reached():
     points = noise.reshape(64, 1, 1, 1)
 
     def drawn(limit, error):
-        reached = None if error is None else lambda state: jnp.all(state.stderr() < error)
-        return estimate.average(lambda z: 1 + z[0, 0], points, limit, reached)
+        budget = estimate.Budget(1, limit, seed=0, error=error, by_need=False)
+        of_points = functools.partial(estimate.average, lambda z: 1 + z[0], points, budget)
+        mean, stderr, n = of_points(jnp.ones(()), lambda state: state.stderr().ravel())
+        return float(mean.item()), float(stderr.item()), n
 
-    everything = drawn(64, None)
-    assert everything.n == 64
-    np.testing.assert_allclose(everything.mean, 1 + np.mean(noise))
-    np.testing.assert_allclose(everything.stderr(), np.std(noise, ddof=1) / 8)
-    assert drawn(5, None).n == 5
-    few = drawn(64, 0.13)
-    assert 4 < few.n < 64
-    assert few.stderr() < 0.13
+    mean, stderr, n = drawn(64, None)
+    assert n == 64
+    np.testing.assert_allclose(mean, 1 + np.mean(noise))
+    np.testing.assert_allclose(stderr, np.std(noise, ddof=1) / 8)
+    assert drawn(5, None)[2] == 5
+    _, stderr, n = drawn(64, 0.15)
+    assert 4 < n < 64
+    assert stderr < 0.15
     # No fewer than four, and no more than there are.
-    assert drawn(64, 1e3).n == 4
-    assert drawn(64, 1e-9).n == 64
+    assert drawn(64, 1e3)[2] == 4
+    assert drawn(64, 1e-9)[2] == 64
 
 
 def test_asking_for_an_error_reaches_it():

@@ -96,16 +96,12 @@ def sampled(
         fewer = jnp.max(jnp.abs(state.mean[:k] - state.mean[k:]), (1, 2)) / 2
         return of_points + fewer / jnp.maximum(of_units, float(jnp.finfo(fewer.dtype).tiny))
 
-    def reached(state: Running) -> Array:
-        assert budget.error is not None
-        return jnp.all(error(state) <= budget.error)
-
     assert one.scales is not None
     assert two.scales is not None
-    limit = budget.limit(jnp.sqrt(one.scales.variance * two.scales.variance))
+    variance = jnp.sqrt(one.scales.variance * two.scales.variance)
     scramblings = _with_groups(points, one)
-    total = estimate.average(once, scramblings, limit, None if budget.error is None else reached)
-    return total.mean[:k], error(total), total.n
+    results, of_results, n = estimate.average(once, scramblings, budget, variance, error)
+    return results[:k], of_results, n
 
 
 @sampled.defjvp

@@ -25,6 +25,10 @@ from taylor_softmax._position_axis import sampling
 from taylor_softmax._position_axis.components import Components
 from taylor_softmax.methods import QuasiMonteCarlo
 
+# Share of an asked-for error at which scramblings end. What ends at the first spread that is small
+# enough prefers spreads that are too small by chance.
+_REACHED = 0.9
+
 # As many times the default number of points are drawn at most where an error is asked for.
 _MORE = 8
 
@@ -130,33 +134,37 @@ class Budget:
 def average(
     sample: Callable[[Any], Float[Array, "*shape"]],
     points: Any,
-    limit: Array | int,
-    reached: Callable[[Running], Array] | None,
-) -> Running:
-    """Mean and spread of `sample` over as many of the scramblings `points` as it takes.
+    budget: Budget,
+    variance: Array,
+    error: Callable[[Running], Float[Array, " results"]],
+) -> tuple[Float[Array, "*shape"], Float[Array, " results"], Float[Array, ""]]:
+    """Mean of `sample` over as many scramblings as it takes, its error, and how many it took.
 
     Not differentiable in reverse mode: see `mean_of_first`.
 
     Args:
       sample: an unbiased estimate from one scrambling.
       points: a tree of arrays, whose first axis is that of scramblings.
-      limit: at most so many.
-      reached: whether those so far are enough. None: there are as many as the limit.
+      variance: the largest of the logits, for `Budget.limit`.
+      error: the estimated errors of the means so far.
     """
+    limit = budget.limit(variance)
     sample = jax.jit(sample)  # Traced once for its shape and its value.
     like = jax.eval_shape(sample, _scrambling(points, 0))
     start = none_yet(jnp.zeros(like.shape, like.dtype))
 
     def more(state: Running) -> Array:
         left = state.n < limit
-        if reached is None:
+        if budget.error is None:
             return left
-        return left & ((state.n < _FEWEST) | ~reached(state))
+        reached = jnp.all(error(state) <= _REACHED * budget.error)
+        return left & ((state.n < _FEWEST) | ~reached)
 
     def draw(state: Running) -> Running:
         return state.add(sample(_scrambling(points, state.n.astype(int)))[None])
 
-    return lax.while_loop(more, draw, start)
+    total = lax.while_loop(more, draw, start)
+    return total.mean, error(total), total.n
 
 
 def mean_of_first(

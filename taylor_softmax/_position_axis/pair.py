@@ -48,10 +48,6 @@ from taylor_softmax._position_axis import derivatives, estimate, sampling
 from taylor_softmax._position_axis.components import Components, quadratic_form
 from taylor_softmax._position_axis.estimate import Budget
 
-# Share of an asked-for error at which scramblings end. What ends at the first spread that is small
-# enough prefers spreads that are too small by chance.
-_REACHED = 0.9
-
 
 class Expansion(NamedTuple):
     """What a pair needs of one of its inputs, where points are used.
@@ -98,14 +94,13 @@ def sampled(
         known = known + of_one.quadratic_of_forms(cov12, of_two)
     logits = sampling.correlate(one.root, two.root, cov12)
 
-    def once(blocks: Array) -> Array:
-        means = _sample(one, two, logits, theta, surrogate, blocks)
-        moment = known + means.residual
+    def block(z: Array) -> Array:
+        u, v = _logits(one, logits, z)
+        left, right = (sampling.outputs(x, of.present, surrogate) for x, of in ((u, one), (v, two)))
+        residual = matmul(_residual(left, u, one), _residual(right, v, two).T) / z.shape[1]
         if theta is None:
-            return moment[None]
-        assert means.jacobians is not None
-        product, left, right = means.jacobians
-        return jnp.stack([moment, product + _missed(of_one, of_two, left, right, theta)])
+            return (known + residual)[None]
+        return jnp.stack([known + residual, _jacobian_product(left, right, one, two, theta)])
 
     units = estimate.units(of_one, of_two, theta)
     of_components = of_one.variance(cov12, theta, of_two)
@@ -114,15 +109,11 @@ def sampled(
         stderr = jnp.sqrt(state.stderr() ** 2 + of_components)
         return estimate.relative_error(stderr, units, state.n, budget.n_scramblings)
 
-    def reached(state: Running) -> Array:
-        assert budget.error is not None
-        return jnp.all(error(state) <= _REACHED * budget.error)
-
     variances = (jnp.max(jnp.diagonal(of.covariance)) for of in (one, two))
     variance = functools.reduce(jnp.multiply, (jnp.sqrt(jnp.maximum(x, 0)) for x in variances))
-    limit = budget.limit(variance)
-    total = estimate.average(once, points, limit, None if budget.error is None else reached)
-    return total.mean, error(total), total.n
+    return estimate.average(
+        lambda blocks: sum_over(block, blocks) / len(blocks), points, budget, variance, error
+    )
 
 
 def _sampled_jvp(
@@ -135,27 +126,16 @@ def _sampled_jvp(
     one, two = (jax.tree.map(lambda x, of=of: only(x, of.covariance), of) for of in inputs)
     cov12, theta = jax.tree.map(only, (cov12, theta))
     d_one, d_two, d_cross, d_theta, _ = tangents
-    changes = _Changes(
-        *(
-            None if x is None or isinstance(x, SymbolicZero) else x
-            for x in (d_one.covariance, d_two.covariance, d_cross, d_theta)
-        )
-    )
+    changes = [
+        None if isinstance(x, SymbolicZero) else x
+        for x in (d_one.covariance, d_two.covariance, d_cross, d_theta)
+    ]
     n = lax.stop_gradient(results[2])
-    slopes = _slopes(surrogate, one, two, cov12, theta, points, n, changes)
+    slopes = _slopes(surrogate, one, two, cov12, theta, points, n, *changes)
     return results, (slopes, *(jnp.zeros_like(x) for x in results[1:]))
 
 
 sampled.defjvp(_sampled_jvp, symbolic_zeros=True)
-
-
-class _Changes(NamedTuple):
-    """Tangents of a pair; None where there is none."""
-
-    cov11: Array | None
-    cov22: Array | None
-    cov12: Array | None
-    theta: Array | None
 
 
 def _slopes(
@@ -166,10 +146,12 @@ def _slopes(
     theta: Array | None,
     points: Array,
     n: Array,
-    changes: _Changes,
+    d_cov11: Array | None,
+    d_cov22: Array | None,
+    d_cov12: Array | None,
+    d_theta: Array | None,
 ) -> Float[Array, "results S T"]:
-    """The derivative along `changes`, in which it is linear, from the first `n` scramblings."""
-    of_one, of_two = one.components, two.components
+    """The derivative along the `d_`, in which it is linear, from the first `n` scramblings."""
     logits = sampling.correlate(one.root, two.root, cov12)
     nothing = jnp.zeros_like(cov12)
 
@@ -182,78 +164,42 @@ def _slopes(
         )
         left, right = at_one(u), at_two(v)
 
-        def once(theta: Array, change: Array) -> Array:
-            product = sampling.jacobian_product(left, right, change)
-            return product + _missed(
-                of_one, of_two, left.mean_jacobian(), right.mean_jacobian(), change
-            )
-
         moment, slope = nothing, nothing
-        if changes.cov12 is not None:
-            moment = moment + once(cov12, changes.cov12)
-        if changes.cov11 is not None:
-            curved = derivatives.curved(left, changes.cov11)
+        if d_cov12 is not None:
+            moment = moment + _jacobian_product(left, right, one, two, d_cov12)
+        if d_cov11 is not None:
+            curved = derivatives.curved(left, d_cov11)
             moment = moment + matmul(curved, right.value.T) / (2 * u.shape[1])
-        if changes.cov22 is not None:
-            curved = derivatives.curved(right, changes.cov22)
+        if d_cov22 is not None:
+            curved = derivatives.curved(right, d_cov22)
             moment = moment + matmul(left.value, curved.T) / (2 * u.shape[1])
         if theta is None:
             return moment[None]
-        if changes.theta is not None:
-            slope = slope + once(theta, changes.theta)
-        if changes.cov12 is not None:
-            slope = slope + derivatives.cross_jacobian_product(left, right, theta, changes.cov12)
-        if changes.cov11 is not None:
+        if d_theta is not None:
+            slope = slope + _jacobian_product(left, right, one, two, d_theta)
+        if d_cov12 is not None:
+            slope = slope + derivatives.cross_jacobian_product(left, right, theta, d_cov12)
+        if d_cov11 is not None:
             product = derivatives.curved_jacobian_product
-            slope = slope + product(at_one, u, right, changes.cov11, theta) / 2
-        if changes.cov22 is not None:
+            slope = slope + product(at_one, u, right, d_cov11, theta) / 2
+        if d_cov22 is not None:
             product = derivatives.curved_jacobian_product
-            slope = slope + product(at_two, v, left, changes.cov22, theta.T).T / 2
+            slope = slope + product(at_two, v, left, d_cov22, theta.T).T / 2
         return jnp.stack([moment, slope])
 
     blocks = points.reshape(-1, *points.shape[2:])
     return estimate.mean_of_first(block, blocks, n * points.shape[1])
 
 
-def _missed(one: Components, two: Components, left: Array, right: Array, inner: Array) -> Array:
-    """What `E[J C J'^T]` misses for the sample means of `J` being off `B`, to first order."""
-    first = matmul(matmul(one.slope - left, inner), two.slope.T)
-    return first + matmul(matmul(one.slope, inner), (two.slope - right).T)
-
-
-class _Means(NamedTuple):
-    """Means over points of one pair.
-
-    Attributes:
-      residual: of products of `y` and `y'`, both less their components.
-      jacobians: of `J Theta J'^T`, and of the Jacobians `J` and `J'`; None without `Theta`.
-    """
-
-    residual: Array
-    jacobians: tuple[Array, Array, Array] | None
-
-
-def _sample(
-    one: Expansion,
-    two: Expansion,
-    logits: tuple[Array, Array],
-    theta: Array | None,
-    surrogate: Surrogate,
-    blocks: Array,
-) -> _Means:
-    """Args: `logits` as `_logits` takes them; `blocks` of points, `(blocks, S + T, points)`."""
-
-    def block(z: Array) -> _Means:
-        u, v = _logits(one, logits, z)
-        left = sampling.outputs(u, one.present, surrogate)
-        right = sampling.outputs(v, two.present, surrogate)
-        residual = matmul(_residual(left, u, one), _residual(right, v, two).T) / z.shape[1]
-        if theta is None:
-            return _Means(residual, None)
-        product = sampling.jacobian_product(left, right, theta)
-        return _Means(residual, (product, left.mean_jacobian(), right.mean_jacobian()))
-
-    return jax.tree.map(lambda x: x / len(blocks), sum_over(block, blocks))
+def _jacobian_product(
+    left: sampling.Outputs, right: sampling.Outputs, one: Expansion, two: Expansion, inner: Array
+) -> Float[Array, "S T"]:
+    """Mean of `J C J'^T`, less to first order what the means of `J` and `J'` are off `B`."""
+    slope1, slope2 = one.components.slope, two.components.slope
+    missed1, missed2 = slope1 - left.mean_jacobian(), slope2 - right.mean_jacobian()
+    product = sampling.jacobian_product(left, right, inner)
+    product = product + matmul(matmul(missed1, inner), slope2.T)
+    return product + matmul(matmul(slope1, inner), missed2.T)
 
 
 def _residual(at: sampling.Outputs, z: Array, of: Expansion) -> Float[Array, "S points"]:
