@@ -194,7 +194,7 @@ def _slopes(
 def _jacobian_product(
     left: sampling.Outputs, right: sampling.Outputs, one: Expansion, two: Expansion, inner: Array
 ) -> Float[Array, "S T"]:
-    """Mean of `J C J'^T`, less to first order what the means of `J` and `J'` are off `B`."""
+    """Mean of `J C J'^T`, to first order without what the means of `J` and `J'` are off `B`."""
     slope1, slope2 = one.components.slope, two.components.slope
     missed1, missed2 = slope1 - left.mean_jacobian(), slope2 - right.mean_jacobian()
     product = sampling.jacobian_product(left, right, inner)
