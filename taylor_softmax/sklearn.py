@@ -280,16 +280,16 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         # From one value to the next the posterior changes little.
         last = None
 
-        def evidence(at: dict[str, float]) -> tuple[float, dict[str, float]]:
+        def evidence(values: dict[str, float]) -> tuple[float, dict[str, float]]:
             nonlocal last
-            kernel = network.square(x, at)
+            kernel = network.square(x, values)
             if last is not None and not np.all(np.isfinite(kernel)):
                 # At the start it is the user's mistake, which the inference explains.
-                raise FloatingPointError(f"the kernel is not finite at {shown(at)}")
+                raise FloatingPointError(f"the kernel is not finite at {shown(values)}")
             last = likelihood.posterior(kernel, last)
-            slopes = network.slopes(x, at, likelihood.slope(last))
+            slopes = network.slopes(x, values, likelihood.slope(last))
             if self.verbose:
-                message = f"log evidence {last.log_evidence:.6g} at {shown(at)}"
+                message = f"log evidence {last.log_evidence:.6g} at {shown(values)}"
                 print(message, file=sys.stderr, flush=True)
             per_input = {name: slope / len(x) for name, slope in slopes.items()}
             return float(last.log_evidence) / len(x), per_input
@@ -297,18 +297,18 @@ class InfiniteNetworkClassifier(ClassifierMixin, BaseEstimator):
         return maximise(evidence, start, self.max_iter)
 
     def _inducing(
-        self, x: np.ndarray, at: Hyperparameters, n: int
+        self, x: np.ndarray, values: Hyperparameters, n: int
     ) -> tuple[np.ndarray, InducingKernels]:
         """At most `n` of the inputs, and their kernels."""
         network, blocks = self._network(), self._blocks(x)
 
         def with_all(some: np.ndarray) -> np.ndarray:
-            return np.concatenate([network.cross(block, some, at) for block in blocks])
+            return np.concatenate([network.cross(block, some, values) for block in blocks])
 
-        variances = np.concatenate([network.variances(block, at) for block in blocks])
+        variances = np.concatenate([network.variances(block, values) for block in blocks])
         chosen = choose_inducing(variances, lambda i: with_all(x[i : i + 1])[:, 0], n)
         some = x[chosen]
-        return some, InducingKernels(network.square(some, at), with_all(some).T, variances)
+        return some, InducingKernels(network.square(some, values), with_all(some).T, variances)
 
     def _blocks(self, x: np.ndarray) -> list[np.ndarray]:
         # Of one size, for which kernels are compiled.

@@ -26,8 +26,8 @@ class ClosedLogits(NamedTuple):
 def closed_logits(keys: Array, classes: queries.Classes) -> tuple[ClosedLogits, Array]:
     """The logits, and the means of the classes."""
 
-    def of_class(of: tuple[Array, Array]) -> tuple[closed_form.EigenLogits, Array]:
-        scale, allowed = of
+    def of_class(given: tuple[Array, Array]) -> tuple[closed_form.EigenLogits, Array]:
+        scale, allowed = given
         covariance = scale**2 * keys * allowed[:, None] * allowed
         logits = closed_form.diagonalise(covariance, allowed)
         # Outputs sum to 1, so that the rows of m m^T sum to m.
@@ -53,8 +53,8 @@ def coefficients(
     shape = len(one.scales), len(two.scales), _NODES
     i, j, k = (jnp.asarray(x) for x in np.indices(shape).reshape(3, -1))
 
-    def traces(at: tuple[Array, Array, Array]) -> Array:
-        i, j, r = at
+    def traces(node: tuple[Array, Array, Array]) -> Array:
+        i, j, r = node
         first, second = (
             jax.tree.map(lambda x, k=k: x[k], of.classes) for of, k in ((one, i), (two, j))
         )

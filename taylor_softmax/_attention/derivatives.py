@@ -44,7 +44,7 @@ class _Sums(NamedTuple):
 
 
 # From `xi`, `(T1, points)`, and `xi'`, `(nodes, T2, points)`.
-_Of = Callable[[Array, Array], _Sums]
+_SumsAt = Callable[[Array, Array], _Sums]
 
 
 def samples(
@@ -108,9 +108,9 @@ def samples(
         u, at_nodes = trace.logits_at(one, two, keys, z, nodes)
         v = jnp.stack(at_nodes)
 
-        def along_scales(of: _Of) -> list[_Sums]:
+        def along_scales(sums: _SumsAt) -> list[_Sums]:
             still = jnp.zeros_like(u), jnp.zeros_like(v)
-            return [jax.jvp(of, (u, v), along)[1] for along in ((u, still[1]), (still[0], v))]
+            return [jax.jvp(sums, (u, v), along)[1] for along in ((u, still[1]), (still[0], v))]
 
         of_products = [curved_products(u, v), *along_scales(products)]
         if not forms:
@@ -131,13 +131,13 @@ def samples(
     def of_forms(x: Array, y: Array) -> list[Array]:
         joined = "aij,aij->a" if aligned else "aij,bij->ab"
         left = (matmul(matmul(centred[i].T, x), matrices[j]) for i, j in forms)
-        return [einsum(joined, each, y) for each in left]
+        return [einsum(joined, product, y) for product in left]
 
-    def from_sums(of: _Sums, of_one: Array, of_two: Array, at_0: Callable[..., list[Array]]):
-        first, second = (x / (2 * n_points) for x in (of.first, jnp.mean(of.second, 0)))
+    def from_sums(sums: _Sums, of_one: Array, of_two: Array, at_0: Callable[..., list[Array]]):
+        first, second = (x / (2 * n_points) for x in (sums.first, jnp.mean(sums.second, 0)))
         of_one, of_two = of_one[scrambling.group], of_two[scrambling.group]
         known = jnp.stack(at_0(first, of_two)) + jnp.stack(at_0(of_one, second))
-        even, odd = of.pairs[:, 0] / n_points - known, of.pairs[:, 1] / n_points
+        even, odd = sums.pairs[:, 0] / n_points - known, sums.pairs[:, 1] / n_points
         result = trace.Samples(known, jnp.stack([even, odd], 1))
         return jax.tree.map(lambda x: x[..., None, :] if aligned else x, result)
 
@@ -149,11 +149,11 @@ def samples(
 
 
 def _second_derivatives(
-    of: _Of, u: Array, v: Array, own: tuple[Array, Array], crossings: list[Array]
+    sums: _SumsAt, u: Array, v: Array, own: tuple[Array, Array], crossings: list[Array]
 ) -> tuple[_Sums, _Sums]:
-    """`sum_k d_u[e_k] (d_u[X11 e_k] + d_v[X12^T e_k]) of + sum_k d_v[e_k] d_v[X22 e_k] of`.
+    """`sum_k d_u[e_k] (d_u[X11 e_k] + d_v[X12^T e_k]) F + sum_k d_v[e_k] d_v[X22 e_k] F`.
 
-    Also `sum_k d_u[e_k] d_v[K12^T e_k] of`.
+    Also `sum_k d_u[e_k] d_v[K12^T e_k] F`, with `F` the sums.
 
     Args:
       own: `X11` and `X22`.
@@ -164,10 +164,10 @@ def _second_derivatives(
         return jnp.broadcast_to(direction[..., None], x.shape)
 
     def slope_in_u(u: Array, v: Array, direction: Array) -> _Sums:
-        return jax.jvp(lambda u: of(u, v), (u,), (along(u, direction),))[1]
+        return jax.jvp(lambda u: sums(u, v), (u,), (along(u, direction),))[1]
 
     def slope_in_v(v: Array, direction: Array) -> _Sums:
-        return jax.jvp(lambda v: of(u, v), (v,), (along(v, direction),))[1]
+        return jax.jvp(lambda v: sums(u, v), (v,), (along(v, direction),))[1]
 
     def in_u(direction: Array, own: Array, *crossings: Array) -> tuple[_Sums, _Sums]:
         # One linear map, along two directions.
@@ -185,11 +185,11 @@ def _second_derivatives(
     return jax.tree.map(jnp.add, of_u, of_v), along_r
 
 
-def _curved(of: Outputs, change: Array, scales: Array, axes: str) -> Array:
+def _curved(outputs: Outputs, change: Array, scales: Array, axes: str) -> Array:
     """`D^2 y : change`, with derivatives along `xi`."""
     keys = axes.index("p")
-    flat = (jnp.moveaxis(x, keys, 0).reshape(x.shape[keys], -1) for x in of)
+    flat = (jnp.moveaxis(x, keys, 0).reshape(x.shape[keys], -1) for x in outputs)
     moved = curved(Outputs(*flat), change)
-    shape = jnp.moveaxis(of.value, keys, 0).shape
+    shape = jnp.moveaxis(outputs.value, keys, 0).shape
     placed = jnp.expand_dims(scales, [i for i, x in enumerate(axes) if x != "a"])
     return placed**2 * jnp.moveaxis(moved.reshape(shape), 0, keys)

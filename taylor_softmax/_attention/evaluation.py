@@ -109,10 +109,10 @@ class Request:
     sides: tuple[int, int] = (0, 0)
 
 
-def warn(results: Sequence[Kernels], of: Mechanism) -> None:
+def warn(results: Sequence[Kernels], mechanism: Mechanism) -> None:
     """Says so where an error is missed; see `estimate.warn`."""
     errors = [each.error for each in results]
-    estimate.warn(errors, of.method, "Attention", default=_DEFAULT)
+    estimate.warn(errors, mechanism.method, "Attention", default=_DEFAULT)
 
 
 def evaluate(
@@ -137,14 +137,14 @@ def _evaluate_all(
     if biases:
 
         def of_share(bias: list[Array]) -> list[Kernels]:
-            each = [queries.of_each(rows) for rows in bias]
-            return _evaluate(sides, requests, mechanism, each)
+            classify = [queries.of_each(rows) for rows in bias]
+            return _evaluate(sides, requests, mechanism, classify)
 
         return jax.tree.map(lambda x: x / len(biases[0]), sum_over(of_share, biases))
     many = max(side.variances.shape[1] for side in sides) > _MANY_SCALES
 
-    def of(classify: queries.Classify) -> Callable[[], list[Kernels]]:
-        return lambda: _evaluate(sides, requests, mechanism, [classify] * len(sides))
+    def of(rule: queries.Classify) -> Callable[[], list[Kernels]]:
+        return lambda: _evaluate(sides, requests, mechanism, [rule] * len(sides))
 
     alike = of(queries.one_for_all)
     unequal = of(queries.of_scales if many else queries.of_each(None))
@@ -179,10 +179,10 @@ def _have_equal_scales(sides: Sequence[Inputs]) -> Any:
 
     def of_side(side: Inputs) -> Any:
         variances, asked = known(side.variances), known(side.asked) > 0
-        of = namespace(variances, asked)
-        largest = of.max(of.where(asked, variances, 0), -1)
-        smallest = of.min(of.where(asked, variances, of.inf), -1)
-        return of.all(smallest >= (1 - _EQUAL) * largest)
+        xp = namespace(variances, asked)
+        largest = xp.max(xp.where(asked, variances, 0), -1)
+        smallest = xp.min(xp.where(asked, variances, xp.inf), -1)
+        return xp.all(smallest >= (1 - _EQUAL) * largest)
 
     return functools.reduce(operator.and_, (of_side(side) for side in sides))
 
@@ -200,7 +200,8 @@ def _evaluate(
         default = _DEFAULT._replace(n_points=_DEFAULT.n_points * more)
         budget = Budget.of(mechanism.method, default=default)
     prepared = [
-        _prepare_all(side, mechanism, of, budget) for side, of in zip(sides, classify, strict=True)
+        _prepare_all(side, mechanism, rule, budget)
+        for side, rule in zip(sides, classify, strict=True)
     ]
     # A loop over pairs is compiled for all requests whose pairs have the same shapes.
     groups: dict[Any, list[int]] = {}
@@ -288,9 +289,9 @@ def _map_pairs(
         order = sampling.leading_first(*cross.keys.shape[1:])
         points = budget.scramblings(len(order), cross.keys.dtype)[:, order]
 
-    def of_pair(of: tuple[Array, Array, Cross]) -> Kernels:
-        i, j, cross = of
-        left, right = (jax.tree.map(lambda x, k=k: x[k], of) for of, k in ((one, i), (two, j)))
+    def of_pair(given: tuple[Array, Array, Cross]) -> Kernels:
+        i, j, cross = given
+        left, right = (jax.tree.map(lambda x, k=k: x[k], side) for side, k in ((one, i), (two, j)))
         return pair.kernels(mechanism, budget, left, right, cross, points)
 
     # Processors take one pair after the other: what a pair needs fits their caches.

@@ -101,7 +101,7 @@ def units(one: Prepared, two: Prepared, cross: Cross, mechanism: Mechanism) -> F
     with NTKs, and values that are not keys, of the shape of `K` and the size that they have.
     """
     scales = [x.scales for x in (one, two) if x.scales is not None]
-    of = Scales(*(jnp.sqrt(x) * jnp.sqrt(y) for x, y in zip(*scales, strict=True)))
+    means = Scales(*(jnp.sqrt(x) * jnp.sqrt(y) for x, y in zip(*scales, strict=True)))
 
     def size(matrix: Array, own: Array) -> Array:
         """Relative to that of the keys."""
@@ -111,22 +111,22 @@ def units(one: Prepared, two: Prepared, cross: Cross, mechanism: Mechanism) -> F
     present = one.present[:, None] * two.present
 
     def whole(matrix: Array) -> Array:
-        return size(matrix * present, of.size)
+        return size(matrix * present, means.size)
 
     def as_seen(matrix: Array) -> Array:
-        return size(centred(matrix, one, two, mechanism), of.centred)
+        return size(centred(matrix, one, two, mechanism), means.centred)
 
-    values = (jnp.ones_like(of.size),) * 2
+    values = (jnp.ones_like(means.size),) * 2
     if cross.values is not None:
         values = whole(cross.values), as_seen(cross.values)
-    nngp = values[0] * of.value
+    nngp = values[0] * means.value
     if cross.keys_ntk is None:
         return nngp[None]
     assert cross.queries_ntk is not None
     values_ntk = cross.keys_ntk if cross.values_ntk is None else cross.values_ntk
-    largest = jnp.max(jnp.abs(cross.queries_ntk)) / of.queries
-    slopes = values[1] * (2 + largest + as_seen(cross.keys_ntk)) * of.slope
-    return jnp.stack([nngp, 2 * nngp + whole(values_ntk) * of.value + slopes])
+    largest = jnp.max(jnp.abs(cross.queries_ntk)) / means.queries
+    slopes = values[1] * (2 + largest + as_seen(cross.keys_ntk)) * means.slope
+    return jnp.stack([nngp, 2 * nngp + whole(values_ntk) * means.value + slopes])
 
 
 def matrices(

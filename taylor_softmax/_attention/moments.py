@@ -182,8 +182,8 @@ def attention_second_moment(
         theta,
         covs.get("values_ntk12"),
     )
-    each = np.arange(len(queries12))
-    (result,) = evaluation.evaluate(inputs, [Request(each, each, cross, (0, 1))], mechanism)
+    index = np.arange(len(queries12))
+    (result,) = evaluation.evaluate(inputs, [Request(index, index, cross, (0, 1))], mechanism)
     evaluation.warn([result], mechanism)
     nngp, ntk = (
         None if x is None else x.reshape(*batch, *x.shape[1:]).astype(dtype)

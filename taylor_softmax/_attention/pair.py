@@ -19,7 +19,7 @@ from taylor_softmax._attention import closed_queries, derivatives, inputs, rotar
 from taylor_softmax._attention.inputs import Cross, Mechanism, Prepared
 from taylor_softmax._numerics.precision import einsum, matmul
 from taylor_softmax._numerics.quadrature import unit_interval_rule
-from taylor_softmax._numerics.statistics import Running
+from taylor_softmax._numerics.statistics import Running, sum_over
 from taylor_softmax._position_axis import estimate
 from taylor_softmax._position_axis.derivatives import first_order_only
 from taylor_softmax._position_axis.estimate import Budget
@@ -189,10 +189,10 @@ def _by_price(
         of_products, of_traces = derivatives.samples(
             *pair, (values, outer), forms, scrambling, changes, **options
         )
-        of = functools.partial(trace.coefficients, steepness=steepness, nodes=trace.NODES)
+        fitted = functools.partial(trace.coefficients, steepness=steepness, nodes=trace.NODES)
         # `G` grows like `h`, and its derivatives like `h^3`.
-        of_slopes = [of(x, degree=3) for x in of_traces]
-        return [of(crossing), *(of(x) for x in of_products), *of_slopes]
+        of_slopes = [fitted(x, degree=3) for x in of_traces]
+        return [fitted(crossing), *(fitted(x) for x in of_products), *of_slopes]
 
     matrices = [*matrices, d_cross.keys]
     coefficients = _of_all_queries(sample, mechanism, one, two, cross, matrices)
@@ -202,8 +202,7 @@ def _by_price(
 
     def once(scrambling: trace.Scrambling) -> Array:
         def at(coefficients: Array, r: Array, degree: int = 1) -> Array:
-            each = [_polynomial(x, steepness, r, degree=degree) for x in coefficients]
-            return jnp.stack(each)
+            return jnp.stack([_polynomial(x, steepness, r, degree=degree) for x in coefficients])
 
         def total(of_keys: Array, *of_scales: Array) -> Array:
             parts = (x * y for x, y in zip(along_scales, of_scales, strict=True))
@@ -248,7 +247,7 @@ def _of_all_queries(
     assert isinstance(first, trace.QueryLogits)
     assert isinstance(second, trace.QueryLogits)
 
-    def of(matrices: list[Array]) -> trace.Keys:
+    def keys_of(matrices: list[Array]) -> trace.Keys:
         inner = [inputs.centred(x, one, two, mechanism) for x in matrices]
         return trace.correlated(first, second, inner)
 
@@ -261,31 +260,27 @@ def _of_all_queries(
         return [_of_queries(one, two, x) for x in of_classes]
 
     if mechanism.rotary is None:
-        keys = of(matrices)
+        keys = keys_of(matrices)
         return lambda scrambling: of_queries(first, keys, scrambling, alike)
 
     # Every distance has keys of its own, and serves the queries that far apart.
     apart = _differences(*cross.queries.shape)
-    distances, each = jnp.asarray(apart), np.arange(np.min(apart), np.max(apart) + 1)
-    apart = np.abs(_differences(*cross.keys.shape) - each[:, None, None])
+    distances, shifts = jnp.asarray(apart), np.arange(np.min(apart), np.max(apart) + 1)
+    apart = np.abs(_differences(*cross.keys.shape) - shifts[:, None, None])
     rho = rotary.correlations(mechanism.rotary, int(np.max(apart)) + 1, cross.keys.dtype)[apart]
-    keys = lax.map(lambda rho: of([rho * x for x in matrices]), rho)
-    each = jnp.asarray(each)
+    keys = lax.map(lambda rho: keys_of([rho * x for x in matrices]), rho)
 
     def rotated(scrambling: trace.Scrambling) -> list[Array]:
-        def at(distance: Array, keys: trace.Keys) -> list[Array]:
-            if one.weights is not None or alike:
-                return of_queries(first, keys, scrambling, alike)
-            index = jnp.clip(jnp.arange(distances.shape[1]) + distance, 0, len(distances) - 1)
-            return of_queries(first.take(index), keys, scrambling, True)
+        def at_distance(given: tuple[Array, trace.Keys]) -> list[Array]:
+            distance, keys = given
+            left, aligned = first, alike
+            if one.weights is None and not alike:
+                index = jnp.arange(distances.shape[1]) + distance
+                left, aligned = first.take(jnp.clip(index, 0, len(distances) - 1)), True
+            found = of_queries(left, keys, scrambling, aligned)
+            return [jnp.where(distances == distance, x, 0) for x in found]
 
-        def add(total: list[Array], of: tuple[Array, trace.Keys]) -> tuple[list[Array], None]:
-            chosen = distances == of[0]
-            return [jnp.where(chosen, x, y) for x, y in zip(at(*of), total, strict=True)], None
-
-        like = jax.eval_shape(at, each[0], jax.tree.map(lambda x: x[0], keys))
-        start = [jnp.zeros((*x.shape[:2], *distances.shape), x.dtype) for x in like]
-        return lax.scan(jax.checkpoint(add), start, (each, keys))[0]
+        return sum_over(at_distance, (jnp.asarray(shifts), keys))
 
     return rotated
 
@@ -334,10 +329,10 @@ def _assembled(
         """`G` at correlations `r`."""
         return _polynomial(coefficients[form], steepness, r)
 
-    def value(form: int, of: Array) -> Array:
+    def value(form: int, matrix: Array) -> Array:
         """`F`, integrated from correlation 0 on."""
         mean = _integrated(functools.partial(slope, form), correlation)
-        return matmul(matmul(means[0], of), means[1].T) + scales * correlation * mean
+        return matmul(matmul(means[0], matrix), means[1].T) + scales * correlation * mean
 
     nngp = value(0, cross.keys if cross.values is None else cross.values)
     if cross.keys_ntk is None:
@@ -359,10 +354,10 @@ def _correlation(one: Prepared, two: Prepared, cross: Cross) -> Float[Array, "A1
     return correlation + lax.stop_gradient(jnp.clip(correlation, -1, 1) - correlation)
 
 
-def _integrated(of: Callable[[Array], Array], r: Array) -> Array:
+def _integrated(function: Callable[[Array], Array], r: Array) -> Array:
     """`int_0^1 of(t r) dt`."""
     rule = (x.tolist() for x in unit_interval_rule(_NODES))
-    return functools.reduce(jnp.add, (w * of(t * r) for t, w in zip(*rule, strict=True)))
+    return functools.reduce(jnp.add, (w * function(t * r) for t, w in zip(*rule, strict=True)))
 
 
 def _polynomial(

@@ -37,10 +37,10 @@ def outputs_of_queries(
     return Outputs(*surrogate.ratios(logits, present, axis=axes.index("p")))
 
 
-def sum_of_jacobians(of: Outputs, axes: str) -> Array:
+def sum_of_jacobians(outputs: Outputs, axes: str) -> Array:
     """Over signs and points, `(queries, keys, keys)`."""
-    products = einsum(f"{axes},{axes.replace('p', 'r')}->apr", of.value, of.slope)
-    diagonal = einsum(f"{axes}->ap", of.slope)
+    products = einsum(f"{axes},{axes.replace('p', 'r')}->apr", outputs.value, outputs.slope)
+    diagonal = einsum(f"{axes}->ap", outputs.slope)
     return diagonal[:, :, None] * jnp.eye(diagonal.shape[1], dtype=products.dtype) - products
 
 
@@ -129,8 +129,8 @@ class _AllPairs(Pairing):
         return product.reshape(n, signs, n_left, signs, n_right)
 
     def _over_signs(self, products: Array) -> Array:
-        each = jnp.sum(products, 0) / 4
-        same, other = each[0, :, 0] + each[1, :, 1], each[0, :, 1] + each[1, :, 0]
+        means = jnp.sum(products, 0) / 4
+        same, other = means[0, :, 0] + means[1, :, 1], means[0, :, 1] + means[1, :, 0]
         return jnp.stack([same + other, same - other])
 
     def _over_points(self, left: Array, right: Array) -> Array:
@@ -151,8 +151,8 @@ class _Aligned(Pairing):
         return jnp.sum(left[:, :, None] * right[:, None], 0)
 
     def _over_signs(self, products: Array) -> Array:
-        each = jnp.sum(products, -1) / 4
-        same, other = each[0, 0] + each[1, 1], each[0, 1] + each[1, 0]
+        means = jnp.sum(products, -1) / 4
+        same, other = means[0, 0] + means[1, 1], means[0, 1] + means[1, 0]
         return jnp.stack([same + other, same - other])
 
     def _over_points(self, left: Array, right: Array) -> Array:

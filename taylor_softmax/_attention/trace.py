@@ -88,8 +88,8 @@ def mean_points(budget: Budget, size: int, dtype: Any) -> Float[Array, "G T poin
     """Points for the means of all inputs of `size` keys, in groups."""
     groups = min(budget.n_scramblings, _GROUPS)
     total = max(_MEAN_POINTS, _MORE_OF_MEANS * budget.n_points * budget.n_scramblings)
-    each = 1 << (total // groups - 1).bit_length()
-    return sampling.scramblings(groups, each, size, dtype, sampling.COMPONENTS, budget.seed)
+    n_points = 1 << (total // groups - 1).bit_length()
+    return sampling.scramblings(groups, n_points, size, dtype, sampling.COMPONENTS, budget.seed)
 
 
 def query_logits(
@@ -105,8 +105,8 @@ def query_logits(
 
     def block(z: Array) -> tuple[Array, Array]:
         logits = matmul(z.T, root.root.T)
-        at = pairing.outputs_of_queries(logits, scales, bias, surrogate, "sanp")
-        return jnp.sum(at.value, (0, 2)), pairing.sum_of_jacobians(at, "sanp")
+        outputs = pairing.outputs_of_queries(logits, scales, bias, surrogate, "sanp")
+        return jnp.sum(outputs.value, (0, 2)), pairing.sum_of_jacobians(outputs, "sanp")
 
     def group(z: Array) -> tuple[Array, Array]:
         total = sum_over_blocks(block, z, 2 * bias.size)
@@ -117,7 +117,12 @@ def query_logits(
 
 
 def own_scales(
-    of: QueryLogits, values: Array, outer: Array, inner: Array, surrogate: Surrogate, points: Array
+    logits: QueryLogits,
+    values: Array,
+    outer: Array,
+    inner: Array,
+    surrogate: Surrogate,
+    points: Array,
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
     """`E[y_a^T V y_a]` and `tau_a^2 E[tr(V^T J_a C J_a^T)]`, of one input with itself.
 
@@ -127,11 +132,11 @@ def own_scales(
       points: of one group.
     """
     pair = pairing.paired([outer], [inner], [(0, 0)], aligned=True)
-    z = matmul(of.root.root, points[:, :_SCALE_POINTS])
-    at = pair.outputs(z, of.scales, of.bias, surrogate)
-    value = jnp.mean(jnp.sum(at.value * pair.times(values, at.value), 0), (0, 2))
-    even, odd = pair.traces(at, at)
-    return value, of.scales**2 * (even + odd)[0] / z.shape[1]
+    z = matmul(logits.root.root, points[:, :_SCALE_POINTS])
+    outputs = pair.outputs(z, logits.scales, logits.bias, surrogate)
+    value = jnp.mean(jnp.sum(outputs.value * pair.times(values, outputs.value), 0), (0, 2))
+    even, odd = pair.traces(outputs, outputs)
+    return value, logits.scales**2 * (even + odd)[0] / z.shape[1]
 
 
 class Keys(NamedTuple):
@@ -218,15 +223,15 @@ def samples(
     # `E[tr(V^T J_a C J'_b^T)]` without correlation, and what the samples miss of it.
     joined = "aij,aij->a" if aligned else "aij,bij->ab"
     of_one, of_two = (of.slope[scrambling.group] for of in (one, two))
-    known, missed = [], []
+    known, corrections = [], []
     for i, j in forms:
         outer = matmul(matmul(values[i].T, of_one), keys.matrices[j])
         inner = matmul(matmul(values[i], of_two), keys.matrices[j].T)
         known.append(einsum(joined, outer, of_two))
         of_left = einsum(joined, of_one - left, inner)
-        missed.append([of_left - einsum(joined, outer, each) for each in right])
-    missed = jnp.swapaxes(jnp.stack([jnp.stack(x) for x in missed]), 0, 1)
-    even, odd = traces[:, 0] / n_points + missed, traces[:, 1] / n_points
+        corrections.append([of_left - einsum(joined, outer, each) for each in right])
+    corrections = jnp.swapaxes(jnp.stack([jnp.stack(x) for x in corrections]), 0, 1)
+    even, odd = traces[:, 0] / n_points + corrections, traces[:, 1] / n_points
     result = Samples(jnp.stack(known), jnp.stack([even, odd], 1))
     return jax.tree.map(lambda x: x[..., None, :] if aligned else x, result)
 
@@ -243,7 +248,7 @@ def logits_at(
 
 
 def coefficients(
-    of: Samples, steepness: Float[Array, "C D"], nodes: tuple[float, ...], *, degree: int = 1
+    given: Samples, steepness: Float[Array, "C D"], nodes: tuple[float, ...], *, degree: int = 1
 ) -> Float[Array, "forms powers C D"]:
     """Those of `r^0, r^1, ...` in `G / h^degree`, for each form.
 
@@ -253,16 +258,16 @@ def coefficients(
     """
     r = np.asarray(nodes)
     flattened = jnp.stack([growth(steepness, x) ** -degree for x in nodes])[:, None]
-    even = flattened * (of.slopes[: len(r), 0] + of.known) - of.known
-    odd = flattened * of.slopes[: len(r), 1]
+    even = flattened * (given.slopes[: len(r), 0] + given.known) - given.known
+    odd = flattened * given.slopes[: len(r), 1]
 
     def fit(parts: Array, first: int) -> Array:
         """From values at the nodes to coefficients of `r^first`, `r^(first + 2)`, ..."""
         inverse = np.linalg.inv(r[:, None] ** (first + 2 * np.arange(len(r))))
         return jnp.tensordot(jnp.asarray(inverse, parts.dtype), parts, 1, precision="highest")
 
-    alternating = jnp.stack([fit(odd, 1), fit(even, 2)], 1).reshape(-1, *of.known.shape)
-    return jnp.moveaxis(jnp.concatenate([of.known[None], alternating]), 0, 1)
+    alternating = jnp.stack([fit(odd, 1), fit(even, 2)], 1).reshape(-1, *given.known.shape)
+    return jnp.moveaxis(jnp.concatenate([given.known[None], alternating]), 0, 1)
 
 
 def steepness(variance: Array) -> Array:

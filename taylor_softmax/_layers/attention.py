@@ -232,49 +232,49 @@ def _check_rotary(base: Any, n_chan_key: int, embedding: str) -> float | None:
 
 @layer
 @supports_masking(remask_kernel=True)
-def _self_attention(given: dict[str, Any], of: Attention) -> Any:
+def _self_attention(given: dict[str, Any], attention: Attention) -> Any:
     init_params, _, _ = nt_stax.GlobalSelfAttention(**given)
 
     def init_fn(rng: Array, input_shape: tuple[Any, ...]) -> Any:
-        of.check_axes(len(input_shape))
+        attention.check_axes(len(input_shape))
         return init_params(rng, input_shape)
 
-    @_with_requirements(of)
+    @_with_requirements(attention)
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
-        return attention_kernel.kernel(of, k, k, evaluation.evaluate)
+        return attention_kernel.kernel(attention, k, k, evaluation.evaluate)
 
     def mask_fn(mask: Array, input_shape: tuple[int, ...]) -> Array:
-        return of.mask_of_tokens(mask)
+        return attention.mask_of_tokens(mask)
 
-    return init_fn, of.apply_to_self, kernel_fn, mask_fn
+    return init_fn, attention.apply_to_self, kernel_fn, mask_fn
 
 
 @layer
 @supports_masking(remask_kernel=True)
-def _cross_attention(of: Attention) -> Any:
+def _cross_attention(attention: Attention) -> Any:
     def init_fn(rng: Array, input_shape: Any) -> Any:
         queries, memory = _check_branches(input_shape)
-        return of.init(rng, tuple(queries), tuple(memory))
+        return attention.init(rng, tuple(queries), tuple(memory))
 
     def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Array:
-        return of.apply_to_memory(params, _check_branches(inputs), **kwargs)
+        return attention.apply_to_memory(params, _check_branches(inputs), **kwargs)
 
-    @_with_requirements(of)
+    @_with_requirements(attention)
     def kernel_fn(k: Any, **kwargs: Any) -> Kernel:
         queries, memory = _check_branches(k)
-        return attention_kernel.kernel(of, queries, memory, evaluation.evaluate)
+        return attention_kernel.kernel(attention, queries, memory, evaluation.evaluate)
 
     def mask_fn(mask: Any, input_shape: Any) -> Array | None:
-        return None if mask[0] is None else of.mask_of_tokens(mask[0])
+        return None if mask[0] is None else attention.mask_of_tokens(mask[0])
 
     return init_fn, apply_fn, kernel_fn, mask_fn
 
 
-def _with_requirements(of: Attention) -> Callable[..., Any]:
+def _with_requirements(attention: Attention) -> Callable[..., Any]:
     """What a `kernel_fn` needs of kernels that come in."""
     require = requires(
-        batch_axis=of.batch_axis,
-        channel_axis=of.channel_axis,
+        batch_axis=attention.batch_axis,
+        channel_axis=attention.channel_axis,
         diagonal_spatial=Diagonal(input=Bool.NO),
     )
     return lambda kernel_fn: require(in_single_at_least(kernel_fn))

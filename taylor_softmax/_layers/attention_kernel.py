@@ -20,14 +20,14 @@ from taylor_softmax._layers.spatial import SpatialLayout
 Evaluate = Callable[[Sequence[Inputs], Sequence[Request], Mechanism], list[Kernels]]
 
 
-def kernel(of: Attention, queries: Any, memory: Any, evaluate: Evaluate) -> Kernel:
+def kernel(attention: Attention, queries: Any, memory: Any, evaluate: Evaluate) -> Kernel:
     """The kernel of queries after attention to the memory, which may be their own.
 
     Args:
       evaluate: as `evaluation.evaluate`; tests put another in its place.
     """
     for k in (queries, memory):
-        of.check_axes(len(k.shape1))
+        attention.check_axes(len(k.shape1))
         if isinstance(k, FiniteClassKernel):
             raise NotImplementedError(
                 f"The input of attention has {k.n_classes} channels behind a softmax over classes, "
@@ -40,19 +40,19 @@ def kernel(of: Attention, queries: Any, memory: Any, evaluate: Evaluate) -> Kern
             f"Queries and memory must be of the same inputs, got batches of "
             f"{queries.nngp.shape[:2]} and {memory.nngp.shape[:2]}."
         )
-    asking = _Tokens(queries, of)
-    attended = asking if memory is queries else _Tokens(memory, of)
+    asking = _Tokens(queries, attention)
+    attended = asking if memory is queries else _Tokens(memory, attention)
     lengths = [
         (asking.lengths[side], attended.lengths[side])[: 1 if attended is asking else 2]
         for side in asking.sides
     ]
-    inputs = [_inputs(of, asking, attended, side, lengths[side]) for side in asking.sides]
+    inputs = [_inputs(attention, asking, attended, side, lengths[side]) for side in asking.sides]
     pairs = _pairs(asking)
-    requests = [_request(of, asking, attended, each) for each in pairs]
-    out = (of.W_out_std * of.W_value_std) ** 2
-    bias = 0.0 if of.b_std is None else of.b_std**2
-    blocks = evaluate(inputs, requests, of.mechanism)
-    evaluation.warn(blocks, of.mechanism)
+    requests = [_request(attention, asking, attended, each) for each in pairs]
+    out = (attention.W_out_std * attention.W_value_std) ** 2
+    bias = 0.0 if attention.b_std is None else attention.b_std**2
+    blocks = evaluate(inputs, requests, attention.mechanism)
+    evaluation.warn(blocks, attention.mechanism)
     results = [
         tuple(None if x is None else out * x + bias for x in (each.nngp, each.ntk))
         for each in blocks
@@ -72,9 +72,9 @@ class _Tokens:
       present: which tokens there are, `(n, S)`, of each side.
     """
 
-    def __init__(self, k: Any, of: Attention):
+    def __init__(self, k: Any, attention: Attention):
         k = k.reverse() if k.is_reversed else k
-        self.kernel, self._of = k, of
+        self.kernel, self._attention = k, attention
         self.sides = (0,) if k.cov2 is None else (0, 1)
         self.counts = k.nngp.shape[:2]
         ends = k.batch_axis, k.channel_axis
@@ -119,7 +119,7 @@ class _Tokens:
         split = self.layout(*pairs.sides).split(cov, batch_ndim)
         lengths = [self.lengths[side] for side in pairs.sides]
         chosen = split.reshape(-1, *lengths)[pairs.chosen]
-        if seen_by_values and not self._of.val_pos_emb:
+        if seen_by_values and not self._attention.val_pos_emb:
             return chosen
         return self._embed(chosen, pairs.sides, pairs.first, pairs.second)
 
@@ -127,15 +127,15 @@ class _Tokens:
         self, blocks: Array, sides: tuple[int, int], first: np.ndarray, second: np.ndarray
     ) -> Array:
         """`blocks` with the covariances of positional embeddings, of tokens that there are."""
-        of = self._of
-        if of.embedding is PositionalEmbedding.NONE:
+        attention = self._attention
+        if attention.embedding is PositionalEmbedding.NONE:
             return blocks
-        share, weight = 1.0, of.W_pos_emb_std**2
-        if of.embedding is PositionalEmbedding.CONCAT:
+        share, weight = 1.0, attention.W_pos_emb_std**2
+        if attention.embedding is PositionalEmbedding.CONCAT:
             channels = self.kernel.shape1[self.kernel.channel_axis]
-            added = channels if of.n_chan_pos_emb is None else of.n_chan_pos_emb
+            added = channels if attention.n_chan_pos_emb is None else attention.n_chan_pos_emb
             share, weight = (x / (channels + added) for x in (channels, weight * added))
-        covariance = of.embedding_covariance(*(self._spatial[side] for side in sides))
+        covariance = attention.embedding_covariance(*(self._spatial[side] for side in sides))
         one, two = self.present[sides[0]][first], self.present[sides[1]][second]
         both = one[:, :, None] & two[:, None, :]
         added = jnp.where(both, weight * jnp.asarray(covariance, blocks.dtype), 0)
@@ -143,17 +143,17 @@ class _Tokens:
 
 
 def _inputs(
-    of: Attention, asking: _Tokens, attended: _Tokens, side: int, lengths: tuple[int, ...]
+    attention: Attention, asking: _Tokens, attended: _Tokens, side: int, lengths: tuple[int, ...]
 ) -> Inputs:
     keys = attended.own(side)
     own = keys if asking is attended else asking.own(side)
-    scale = (of.W_query_std * of.W_key_std) ** 2
+    scale = (attention.W_query_std * attention.W_key_std) ** 2
     return Inputs(
         scale * jnp.diagonal(own, axis1=1, axis2=2),
         asking.present[side].astype(keys.dtype),
         keys,
         attended.present[side].astype(keys.dtype),
-        of.bias_rows(*lengths, dtype=keys.dtype),
+        attention.bias_rows(*lengths, dtype=keys.dtype),
     )
 
 
@@ -191,20 +191,20 @@ def _pairs(tokens: _Tokens) -> list[_Pairs]:
     pairs = [_Pairs("nngp", (0, 1), first, second, slice(None))]
     for name, side, n in (("cov1", 0, n1), ("cov2", 1, n2)):
         if tokens.kernel.diagonal_batch:
-            each = np.arange(n)
-            pairs.append(_Pairs(name, (side, side), each, each, slice(None)))
+            index = np.arange(n)
+            pairs.append(_Pairs(name, (side, side), index, index, slice(None)))
         else:
             pairs.append(symmetric(name, side, n))
     return pairs
 
 
-def _request(of: Attention, asking: _Tokens, attended: _Tokens, pairs: _Pairs) -> Request:
+def _request(attention: Attention, asking: _Tokens, attended: _Tokens, pairs: _Pairs) -> Request:
     keys = attended.blocks(pairs.name, pairs)
     queries = keys if asking is attended else asking.blocks(pairs.name, pairs)
     assert keys is not None
     assert queries is not None
-    differ = of.embedding is not PositionalEmbedding.NONE and not of.val_pos_emb
-    scale = (of.W_query_std * of.W_key_std) ** 2
+    differ = attention.embedding is not PositionalEmbedding.NONE and not attention.val_pos_emb
+    scale = (attention.W_query_std * attention.W_key_std) ** 2
     cross = Cross(scale * queries, keys)
     if differ:
         cross = cross._replace(values=attended.blocks(pairs.name, pairs, seen_by_values=True))

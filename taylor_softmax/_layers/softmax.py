@@ -339,7 +339,7 @@ def _over_positions(
     def moments(
         one: position_axis.Input,
         two: position_axis.Input,
-        of: SpatialLayout,
+        spatial: SpatialLayout,
         cov: Array,
         ntk: Array | None,
         ndim: int,
@@ -347,15 +347,17 @@ def _over_positions(
         """Value and slope; `errors` get what they are estimated to be off."""
         batch = cov.shape[:ndim]
         given, theta = (
-            None if x is None else of.split(x.astype(cov.dtype), ndim).reshape(-1, *of.n_over)
+            None
+            if x is None
+            else spatial.split(x.astype(cov.dtype), ndim).reshape(-1, *spatial.n_over)
             for x in (cov, ntk)
         )
         assert given is not None
         value, slope, error = position_axis.second_moments(
-            one, two, *of.pairs(batch), given, theta, surrogate, method
+            one, two, *spatial.pairs(batch), given, theta, surrogate, method
         )
         errors.append(error)
-        return of.join(value, batch), None if slope is None else of.join(slope, batch)
+        return spatial.join(value, batch), None if slope is None else spatial.join(slope, batch)
 
     one = inputs(k.cov1, k.mask1, within1)
     cov1, _ = moments(one, one, within1, k.cov1, None, batch_ndim)

@@ -40,20 +40,20 @@ class Running(NamedTuple):
         return jnp.sqrt(self.deviation / (self.n - 1) / self.n)
 
 
-def sum_over(of: Callable[[Any], Any], xs: Any) -> Any:
-    """Sum of `of` over the first axis of the arrays `xs`.
+def sum_over(term: Callable[[Any], Any], xs: Any) -> Any:
+    """Sum of `term` over the first axis of the arrays `xs`.
 
     Nothing of a term is kept for the backward pass.
     """
     first = jax.tree.map(lambda x: x[0], xs)
     if len(jax.tree.leaves(xs)[0]) == 1:
-        return of(first)
+        return term(first)
     # Traced once for its shape and its value, and in nested sums not twice at every level.
-    of = jax.jit(of)
-    like = jax.eval_shape(of, first)
+    term = jax.jit(term)
+    like = jax.eval_shape(term, first)
 
     def add(total: Any, x: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of(x)), None
+        return jax.tree.map(jnp.add, total, term(x)), None
 
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     return lax.scan(jax.checkpoint(add), start, xs)[0]

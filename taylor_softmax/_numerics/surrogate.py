@@ -107,10 +107,10 @@ class Surrogate(abc.ABC):
           present: 1 or 0, broadcasts with `z`: the positions that there are; the others are 0.
         """
         lowest = jnp.min(z, axis, keepdims=True)
-        each = self._relative_slopes(jnp.where(present > 0, z, lowest), axis)
-        total = jnp.sum(present * each[0], axis, keepdims=True)
+        relative = self._relative_slopes(jnp.where(present > 0, z, lowest), axis)
+        total = jnp.sum(present * relative[0], axis, keepdims=True)
         total = jnp.where(total > 0, total, 1)
-        value, slope, curvature = (present * x / total for x in each)
+        value, slope, curvature = (present * x / total for x in relative)
         return value, slope, curvature
 
 

@@ -113,16 +113,16 @@ def _eigen(covariance: Array) -> tuple[Array, Array]:
     return jnp.maximum(values, 0), vectors
 
 
-def _rule(of: EigenLogits) -> tuple[Array, Array]:
+def _rule(logits: EigenLogits) -> tuple[Array, Array]:
     """Nodes and weights in the rate of one input, `(N_NODES,)`."""
-    dtype = of.covariance.dtype
+    dtype = logits.covariance.dtype
     tau, weight = (jnp.asarray(x, dtype) for x in quadrature.half_line_rule(N_NODES))
     # 1 / E[D]: there the weight of the integrand is.
-    mean = jnp.sum(of.present * (1 + jnp.diagonal(of.covariance) / 2))
+    mean = jnp.sum(logits.present * (1 + jnp.diagonal(logits.covariance) / 2))
     scale = lax.stop_gradient(1 / jnp.maximum(mean, 0.5))
     # f_2 >= 1/2: beyond this exp(-t D) is 0 and powers of t would overflow.
     t = tau * scale
-    alive = t * jnp.sum(of.present) / 2 < -log_tiny(dtype)
+    alive = t * jnp.sum(logits.present) / 2 < -log_tiny(dtype)
     return jnp.where(alive, t, 0), jnp.where(alive, weight * scale, 0)
 
 

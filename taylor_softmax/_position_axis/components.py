@@ -167,10 +167,10 @@ def components(
     size = jnp.sqrt(jnp.sum(shape**2))
 
     def group(z: Array) -> tuple[Any, ...]:
-        at = sampling.outputs(matmul(root, z), present, surrogate)
-        squares = jnp.mean(at.value**2, 1), _diagonal_jacobian_square(at, shape)
-        forms = _forms(at) if with_curvature else None
-        return jnp.mean(at.value, 1), at.mean_jacobian(), *squares, forms
+        outputs = sampling.outputs(matmul(root, z), present, surrogate)
+        squares = jnp.mean(outputs.value**2, 1), _diagonal_jacobian_square(outputs, shape)
+        forms = _forms(outputs) if with_curvature else None
+        return jnp.mean(outputs.value, 1), outputs.mean_jacobian(), *squares, forms
 
     def one_round(z: Array) -> Components:
         means, slopes, values, jacobians, forms = lax.map(group, z)
@@ -191,10 +191,10 @@ def components(
     if len(points) == 1:
         return total
 
-    def reached(of: Components) -> Array:
+    def reached(mean: Components) -> Array:
         # Relative to the scales of an input's pair with itself.
-        scales = jnp.stack([of.value_scale, of.slope_scale * size])
-        errors = jnp.sqrt(jnp.max(of.variance(covariance, covariance, of), (1, 2)))
+        scales = jnp.stack([mean.value_scale, mean.slope_scale * size])
+        errors = jnp.sqrt(jnp.max(mean.variance(covariance, covariance, mean), (1, 2)))
         return jnp.all(errors <= _SHARE * (error or 0.0) * scales)
 
     def add(state: tuple[Array, Components]) -> tuple[Array, Components]:
@@ -209,21 +209,24 @@ def components(
     return lax.while_loop(goes_on, add, (jnp.ones((), int), total))[1]
 
 
-def _diagonal_jacobian_square(at: sampling.Outputs, covariance: Array) -> Float[Array, " S"]:
+def _diagonal_jacobian_square(outputs: sampling.Outputs, covariance: Array) -> Float[Array, " S"]:
     """Diagonal of `E[J K J^T]` over the points."""
-    moved = matmul(covariance, at.slope)
-    squares = at.slope**2 * jnp.diagonal(covariance)[:, None] - 2 * at.slope * at.value * moved
-    return jnp.mean(squares + at.value**2 * jnp.sum(at.slope * moved, 0), 1)
+    moved = matmul(covariance, outputs.slope)
+    squares = (
+        outputs.slope**2 * jnp.diagonal(covariance)[:, None]
+        - 2 * outputs.slope * outputs.value * moved
+    )
+    return jnp.mean(squares + outputs.value**2 * jnp.sum(outputs.slope * moved, 0), 1)
 
 
-def _forms(at: sampling.Outputs) -> tuple[Float[Array, "S S"], Float[Array, "S S"]]:
+def _forms(outputs: sampling.Outputs) -> tuple[Float[Array, "S S"], Float[Array, "S S"]]:
     """`A` and `D` of a `Curvature`: means over the points of `at`.
 
     With p, q, r = f, f', f'' over the normaliser,
 
         D_jk y_i = [i=j=k] r_i - [i=j] q_i q_k - [i=k] q_i q_j - [j=k] p_i r_j + 2 p_i q_j q_k.
     """
-    p, q, r = at
+    p, q, r = outputs
     n = p.shape[1]
     mixed = matmul(4 * p * q - 2 * q, q.T) / n
     own = jnp.mean(r - 2 * q * q, 1)
@@ -260,28 +263,28 @@ def _curvature(
 ) -> Curvature:
     """Of points `z` and their negatives, and of the forms of each group of scramblings."""
     z = matmul(root, z)
-    at = sampling.outputs(z, present, surrogate)
-    size, n = at.value.shape
+    outputs = sampling.outputs(z, present, surrogate)
+    size, n = outputs.value.shape
     # One j at a time, for the memory's sake.
-    triple = 2 * lax.map(lambda q: matmul(at.value * q, at.slope.T) / n, at.slope)
+    triple = 2 * lax.map(lambda q: matmul(outputs.value * q, outputs.slope.T) / n, outputs.slope)
     i, j, k = np.ix_(*(np.arange(size),) * 3)
     different = (i != j) & (j != k) & (i != k)
     triple = _centred(jnp.where(different, jnp.swapaxes(triple, 0, 1), 0), present)
 
-    def form_of(of: tuple[Array, Array]) -> Array:
-        return quadratic_form(*of, root, z, present)
+    def form_of(given: tuple[Array, Array]) -> Array:
+        return quadratic_form(*given, root, z, present)
 
-    each = lax.map(form_of, (mixed, squares))
-    mixed, squares, form = (jnp.mean(x, 0) for x in (mixed, squares, each))
-    plus, minus = jnp.split(at.value, 2, 1)
+    forms = lax.map(form_of, (mixed, squares))
+    mixed, squares, form = (jnp.mean(x, 0) for x in (mixed, squares, forms))
+    plus, minus = jnp.split(outputs.value, 2, 1)
     even = (plus + minus) / 2
     even = even - jnp.mean(even, 1, keepdims=True)
     # As much of the form as leaves least of `y`, and less where what the form is off is more than
     # what it saves.
     tiny = float(jnp.finfo(root.dtype).tiny)
     share = jnp.clip(jnp.sum(form * even) / jnp.maximum(jnp.sum(form**2), tiny), 0, 1)
-    projections = 2 * share * jnp.mean(form * each, 2)
-    off = jnp.sum(jnp.var(projections, 0)) / (len(each) - 1)
+    projections = 2 * share * jnp.mean(form * forms, 2)
+    off = jnp.sum(jnp.var(projections, 0)) / (len(forms) - 1)
     saved = jnp.sum(jnp.var(even**2, 1)) / _POINTS_OF_PAIRS
     trusted = saved / jnp.maximum(saved + off, tiny)
     share, projections = trusted * share, trusted * projections

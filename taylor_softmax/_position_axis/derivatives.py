@@ -30,9 +30,9 @@ from taylor_softmax._position_axis.sampling import Outputs
 At = Callable[[Array], Outputs]
 
 
-def curved(at: Outputs, change: Float[Array, "S S"]) -> Float[Array, "S points"]:
+def curved(outputs: Outputs, change: Float[Array, "S S"]) -> Float[Array, "S points"]:
     """`D^2 y : X` at each point, for the symmetric part `X` of `change`."""
-    y, q, r = at
+    y, q, r = outputs
     moved = matmul((change + change.T) / 2, q)
     trace = jnp.sum(jnp.diagonal(change)[:, None] * r, 0)
     own = jnp.diagonal(change)[:, None] * r - 2 * q * moved
@@ -54,8 +54,8 @@ def curved_jacobian_product(
     def along(direction: Array) -> Array:
         return jax.jvp(lambda z: curved(outputs(z), change), (z,), (direction,))[1]
 
-    def column(of: tuple[Array, Array]) -> Array:
-        direction, slope = of
+    def column(given: tuple[Array, Array]) -> Array:
+        direction, slope = given
         return matmul(along(jnp.broadcast_to(direction[:, None], z.shape)), slope)
 
     first = lax.map(column, (theta.T, right.slope)).T

@@ -90,14 +90,14 @@ class Budget:
             total = default.n_scramblings * default.n_points
             total *= 1 if method.error is None else _MORE
         # A power of two is what balances them.
-        each = 1 << max(0, total // default.n_scramblings - 1).bit_length()
-        each = min(default.n_points, each)
+        n_points = 1 << max(0, total // default.n_scramblings - 1).bit_length()
+        n_points = min(default.n_points, n_points)
         by_need = method.n_points is None and method.error is None
         if by_need and size < _ALL_FROM:
             share = 1 << (_ALL_FROM // size).bit_length() - 1
-            each //= min(share, _LEAST_SHARE)
-            total = each * default.n_scramblings
-        return cls(each, total // each, method.seed, method.error, by_need)
+            n_points //= min(share, _LEAST_SHARE)
+            total = n_points * default.n_scramblings
+        return cls(n_points, total // n_points, method.seed, method.error, by_need)
 
     def scramblings(self, dimension: int, dtype: Any) -> Float[Array, "k dims points"]:
         """The points of all pairs."""
@@ -177,8 +177,8 @@ def mean_of_first(
     sample = jax.jit(sample)
     like = jax.eval_shape(sample, _scrambling(points, 0))
 
-    def term(of: tuple[Any, Array]) -> Array:
-        scrambling, k = of
+    def term(given: tuple[Any, Array]) -> Array:
+        scrambling, k = given
         return lax.cond(k < n, sample, lambda _: jnp.zeros(like.shape, like.dtype), scrambling)
 
     index = jnp.arange(len(jax.tree.leaves(points)[0]), dtype=n.dtype)

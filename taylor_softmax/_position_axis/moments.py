@@ -155,10 +155,10 @@ def prepare(
     def expand(args: tuple[Array, Array, Array, Array]) -> pair.Expansion:
         covariance, still, present, noise = args
         root = sampling.psd_root(still, noise, True)
-        of = components(
+        hermite = components(
             root.root, present, surrogate, points, with_curvature=with_curvature, error=error
         )
-        return pair.Expansion(present, covariance, root, of)
+        return pair.Expansion(present, covariance, root, hermite)
 
     return lax.map(jax.checkpoint(expand), (covariance, still, present, noise))
 

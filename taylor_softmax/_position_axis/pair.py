@@ -202,15 +202,17 @@ def _jacobian_product(
     return product + matmul(matmul(slope1, inner), missed2.T)
 
 
-def _residual(at: sampling.Outputs, z: Array, of: Expansion) -> Float[Array, "S points"]:
+def _residual(
+    outputs: sampling.Outputs, z: Array, expansion: Expansion
+) -> Float[Array, "S points"]:
     """`y` less its components: the even part at `z` and, behind it, the odd part."""
-    curvature = of.components.curvature
-    plus, minus = jnp.split(at.value, 2, 1)
-    even = (plus + minus) / 2 - of.components.mean[:, None]
+    curvature = expansion.components.curvature
+    plus, minus = jnp.split(outputs.value, 2, 1)
+    even = (plus + minus) / 2 - expansion.components.mean[:, None]
     if curvature is not None:
-        root = of.root.root
-        even = even - quadratic_form(curvature.mixed, curvature.squares, root, z, of.present)
-    return jnp.concatenate([even, (plus - minus) / 2 - matmul(of.components.slope, z)], 1)
+        root = expansion.root.root
+        even = even - quadratic_form(curvature.mixed, curvature.squares, root, z, expansion.present)
+    return jnp.concatenate([even, (plus - minus) / 2 - matmul(expansion.components.slope, z)], 1)
 
 
 def _logits(one: Expansion, logits: tuple[Array, Array], z: Array) -> tuple[Array, Array]:

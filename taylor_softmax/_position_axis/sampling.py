@@ -128,11 +128,11 @@ def _psd_root_jvp(
 ) -> tuple[Any, Any]:
     # Of all roots of a matrix that moves, the one that moves as dL = dK L^-T / 2, as good as any
     # for what is sampled with it: eigenvectors have no derivative where eigenvalues meet.
-    at = psd_root(*primals, may_be_symmetric)
-    change = matmul((tangents[0] + tangents[0].T) / 4, at.inverse.T)
-    inverse = -matmul(matmul(at.inverse, change), at.inverse)
-    still = (jnp.zeros_like(x) for x in at[2:])
-    return at, Root(change, inverse, *still)
+    root = psd_root(*primals, may_be_symmetric)
+    change = matmul((tangents[0] + tangents[0].T) / 4, root.inverse.T)
+    inverse = -matmul(matmul(root.inverse, change), root.inverse)
+    still = (jnp.zeros_like(x) for x in root[2:])
+    return root, Root(change, inverse, *still)
 
 
 def correlate(
