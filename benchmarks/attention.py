@@ -128,8 +128,8 @@ def sampling_table(sizes: tuple[int, ...], n_samples: int) -> str:
     return table(["tokens", "variance", "NNGP", "NTK"], rows)
 
 
-def layer(name: str) -> Any:
-    given = KINDS[name][0]
+def layer(name: str, method: QuasiMonteCarlo | None = None) -> Any:
+    given = {**KINDS[name][0], "method": method}
     if name == "cross":
         both = stax.parallel(stax.Dense(8), stax.Dense(8))
         attend = stax.GlobalCrossAttention(8, 8, 8, 2, **given)

@@ -29,7 +29,6 @@ def without(monkeypatch):
     return absent
 
 
-@pytest.mark.slow
 def test_quick_run_measures_all(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
