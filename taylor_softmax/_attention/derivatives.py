@@ -180,8 +180,8 @@ def _second_derivatives(
 
     basis1, basis2 = (jnp.eye(len(x), dtype=x.dtype) for x in own)
     directions = basis1, own[0], *(jnp.swapaxes(x, 0, 1) for x in crossings)
-    of_u, along_r = sum_over(lambda each: in_u(*each), directions)
-    of_v = sum_over(lambda each: in_v(*each), (basis2, own[1]))
+    of_u, along_r = sum_over(lambda x: in_u(*x), directions)
+    of_v = sum_over(lambda x: in_v(*x), (basis2, own[1]))
     return jax.tree.map(jnp.add, of_u, of_v), along_r
 
 

@@ -280,8 +280,8 @@ def growth(steepness: Array, r: Any) -> Array:
     return 1 / jnp.sqrt(1 - steepness * r**2)
 
 
-def sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> Any:
-    """Sum of `of` over blocks of the points `z`, `(dimension, points)`.
+def sum_over_blocks(term: Callable[[Array], Any], z: Array, per_point: int) -> Any:
+    """Sum of `term` over blocks of the points `z`, `(dimension, points)`.
 
     Args:
       per_point: numbers in the largest array for one point.
@@ -290,4 +290,4 @@ def sum_over_blocks(of: Callable[[Array], Any], z: Array, per_point: int) -> Any
     if jax.default_backend() != "cpu" or n_points % at_once:
         at_once = n_points
     blocks = jnp.swapaxes(z.reshape(len(z), -1, at_once), 0, 1)
-    return sum_over(of, blocks)
+    return sum_over(term, blocks)

@@ -94,13 +94,23 @@ def sampled(
         known = known + of_one.quadratic_of_forms(cov12, of_two)
     logits = sampling.correlate(one.root, two.root, cov12)
 
-    def block(z: Array) -> Array:
+    def block(z: Array) -> tuple[Array, ...]:
         u, v = _logits(one, logits, z)
-        left, right = (sampling.outputs(x, of.present, surrogate) for x, of in ((u, one), (v, two)))
+        left = sampling.outputs(u, one.present, surrogate)
+        right = sampling.outputs(v, two.present, surrogate)
         residual = matmul(_residual(left, u, one), _residual(right, v, two).T) / z.shape[1]
         if theta is None:
-            return (known + residual)[None]
-        return jnp.stack([known + residual, _jacobian_product(left, right, one, two, theta)])
+            return (residual,)
+        product = sampling.jacobian_product(left, right, theta)
+        return residual, product, left.mean_jacobian(), right.mean_jacobian()
+
+    def once(blocks: Array) -> Array:
+        residual, *jacobians = (x / len(blocks) for x in sum_over(block, blocks))
+        moment = known + residual
+        if theta is None:
+            return moment[None]
+        product, left, right = jacobians
+        return jnp.stack([moment, _corrected(product, left, right, one, two, theta)])
 
     units = estimate.units(of_one, of_two, theta)
     of_components = of_one.variance(cov12, theta, of_two)
@@ -111,9 +121,7 @@ def sampled(
 
     variances = (jnp.max(jnp.diagonal(of.covariance)) for of in (one, two))
     variance = functools.reduce(jnp.multiply, (jnp.sqrt(jnp.maximum(x, 0)) for x in variances))
-    return estimate.average(
-        lambda blocks: sum_over(block, blocks) / len(blocks), points, budget, variance, error
-    )
+    return estimate.average(once, points, budget, variance, error)
 
 
 def _sampled_jvp(
@@ -164,9 +172,14 @@ def _slopes(
         )
         left, right = at_one(u), at_two(v)
 
+        def jacobian_product(change: Array) -> Array:
+            product = sampling.jacobian_product(left, right, change)
+            means = left.mean_jacobian(), right.mean_jacobian()
+            return _corrected(product, *means, one, two, change)
+
         moment, slope = nothing, nothing
         if d_cov12 is not None:
-            moment = moment + _jacobian_product(left, right, one, two, d_cov12)
+            moment = moment + jacobian_product(d_cov12)
         if d_cov11 is not None:
             curved = derivatives.curved(left, d_cov11)
             moment = moment + matmul(curved, right.value.T) / (2 * u.shape[1])
@@ -176,7 +189,7 @@ def _slopes(
         if theta is None:
             return moment[None]
         if d_theta is not None:
-            slope = slope + _jacobian_product(left, right, one, two, d_theta)
+            slope = slope + jacobian_product(d_theta)
         if d_cov12 is not None:
             slope = slope + derivatives.cross_jacobian_product(left, right, theta, d_cov12)
         if d_cov11 is not None:
@@ -191,15 +204,18 @@ def _slopes(
     return estimate.mean_of_first(block, blocks, n * points.shape[1])
 
 
-def _jacobian_product(
-    left: sampling.Outputs, right: sampling.Outputs, one: Expansion, two: Expansion, inner: Array
+def _corrected(
+    product: Array, left: Array, right: Array, one: Expansion, two: Expansion, inner: Array
 ) -> Float[Array, "S T"]:
-    """Mean of `J C J'^T`, to first order without what the means of `J` and `J'` are off `B`."""
+    """The mean `product` of `J C J'^T`, to first order without what those of `J`, `J'` are off `B`.
+
+    Args:
+      left, right: means of `J` and `J'`.
+      inner: `C`.
+    """
     slope1, slope2 = one.components.slope, two.components.slope
-    missed1, missed2 = slope1 - left.mean_jacobian(), slope2 - right.mean_jacobian()
-    product = sampling.jacobian_product(left, right, inner)
-    product = product + matmul(matmul(missed1, inner), slope2.T)
-    return product + matmul(matmul(slope1, inner), missed2.T)
+    product = product + matmul(matmul(slope1 - left, inner), slope2.T)
+    return product + matmul(matmul(slope1, inner), (slope2 - right).T)
 
 
 def _residual(
